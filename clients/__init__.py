@@ -1,0 +1,1 @@
+"""What runs at a client: captioning its images, writing prompts, and local training."""

@@ -1,0 +1,46 @@
+"""Local training and evaluation of the global model on one client's images."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fgl_app.data.images import HeldOut, ImageSet
+from fgl_app.training import Evaluation, evaluate, train
+
+WEIGHT_DECAY = 1e-4
+"""FGL, Appendix: the clients' L2 penalty."""
+
+
+def train_locally(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    local_epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    augmentation: str,
+    generator: torch.Generator,
+    device: torch.device,
+) -> float:
+    """Run ``local_epochs`` epochs of SGD with a new optimizer (McMahan et al. 2017, Algorithm 1: ClientUpdate).
+
+    Returns:
+        Mean loss over the last epoch, nats.
+    """
+    return train(
+        model,
+        data,
+        epochs=local_epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        augmentation=augmentation,
+        generator=generator,
+        device=device,
+    )
+
+
+def evaluate_held_out(model: nn.Module, held_out: HeldOut, device: torch.device) -> tuple[Evaluation, Evaluation]:
+    """Evaluate on the client's validation and test images, in this order."""
+    return evaluate(model, held_out.validation, device), evaluate(model, held_out.test, device)

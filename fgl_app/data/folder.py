@@ -1,0 +1,74 @@
+"""A client's own images: one folder per class, as torchvision's ``ImageFolder`` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets import ImageFolder
+
+from fgl_app.data.images import HeldOut, ImageSet
+from fgl_app.errors import DataError
+from fgl_app.rng import numpy_generator
+
+SPLIT_SEED = 0
+"""A node's split never changes, so that no test image is ever trained on, whatever the run's seed."""
+
+
+def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> ImageSet:
+    """Read all images below ``folder/CLASS NAME/``.
+
+    Args:
+        folder: Folder whose sub-folders are named like classes; classes may be absent.
+        class_names: The run's K classes; a folder's label is its name's index here.
+        image_size: Images are scaled to this shorter side and cropped to the centre square, px.
+
+    Raises:
+        DataError: If the folder cannot be read, has a sub-folder that is no class, or holds no image.
+    """
+    if not folder.is_dir():
+        raise DataError(f"`data-path` must be a folder with one sub-folder per class, but {str(folder)!r} is none.")
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    unknown = [name for name in found if name not in class_names]
+    if unknown:
+        raise DataError(
+            f"Sub-folders of {str(folder)!r} must be named like the classes {', '.join(class_names)}, but "
+            f"{unknown[0]!r} is not. Rename it or add it to `class-names`."
+        )
+    if not found:
+        raise DataError(f"{str(folder)!r} must hold sub-folders named like {', '.join(class_names)}, but holds none.")
+    listing = ImageFolder(folder, allow_empty=True)
+    rows = [(path, class_names.index(listing.classes[local])) for path, local in listing.samples]
+    if not rows:
+        raise DataError(f"The class folders of {str(folder)!r} must hold images, but hold none.")
+    images = torch.stack([_read_image(Path(path), image_size) for path, _ in rows])
+    return ImageSet(images, torch.tensor([label for _, label in rows], dtype=torch.int64))
+
+
+def split_folder(data: ImageSet) -> tuple[ImageSet, HeldOut]:
+    """Divide a client's images by class: 70 % train, 10 % validation, 20 % test; every class keeps a training image."""
+    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for label in data.labels.unique().tolist():
+        rows = torch.nonzero(data.labels == label).flatten().tolist()
+        order = [rows[index] for index in numpy_generator(SPLIT_SEED, "folder-split", label).permutation(len(rows))]
+        num_test, num_validation = round(0.2 * len(rows)), round(0.1 * len(rows))
+        parts["test"] += order[:num_test]
+        parts["validation"] += order[num_test : num_test + num_validation]
+        parts["train"] += order[num_test + num_validation :]
+    train, validation, test = (data.take(sorted(parts[name])) for name in ("train", "validation", "test"))
+    return train, HeldOut(validation, test)
+
+
+def _read_image(path: Path, image_size: int) -> torch.Tensor:
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"Every image must be readable, but {str(path)!r} is not ({type(error).__name__}). Remove or repair it."
+        ) from None
+    pixels = TF.resize(TF.pil_to_tensor(picture), [image_size], antialias=True)
+    return TF.center_crop(pixels, [image_size, image_size])

@@ -1,0 +1,57 @@
+"""Turn labels, and captions of images, into prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class PromptCount:
+    """One distinct prompt of one class and how many images it stands for."""
+
+    label: int
+    """Index of the class in the run's class names, 0 to K - 1."""
+    prompt: str
+    """What the generator is asked for."""
+    count: int
+    """Number of images that gave this prompt, at least 1."""
+
+
+def class_prompts(labels: Sequence[int], class_names: Sequence[str], template: str) -> list[PromptCount]:
+    """Write one prompt per class that the client holds (FGL, Section 3.2: class-level prompts).
+
+    Args:
+        labels: Label of each image, 0 to K - 1.
+        class_names: Prompt names of the K classes.
+        template: Text with the placeholder ``{class}``, e.g. ``"A photo of a {class}"``.
+
+    Returns:
+        Distinct prompts in the order of their labels; ``count`` is the number of images of the class.
+    """
+    return _count((label, template.replace("{class}", class_names[label])) for label in labels)
+
+
+def instance_prompts(
+    labels: Sequence[int], captions: Sequence[str], class_names: Sequence[str], template: str
+) -> list[PromptCount]:
+    """Write one prompt per image from its label and its caption (FGL, Section 3.2: instance-level prompts).
+
+    Args:
+        labels: Label of each image, 0 to K - 1; length N.
+        captions: Caption of each image; length N.
+        class_names: Prompt names of the K classes.
+        template: Text with the placeholders ``{class}`` and ``{caption}``.
+
+    Returns:
+        Distinct prompts with their counts, ordered by label and text.
+    """
+    return _count(
+        (label, template.replace("{class}", class_names[label]).replace("{caption}", caption.strip()))
+        for label, caption in zip(labels, captions, strict=True)
+    )
+
+
+def _count(pairs: Iterable[tuple[int, str]]) -> list[PromptCount]:
+    return [PromptCount(label, prompt, count) for (label, prompt), count in sorted(Counter(pairs).items())]

@@ -1,0 +1,65 @@
+"""``results.json``: the numbers of one run, from the metrics of its rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fgl_app.config import Settings
+from fgl_app.synthesis.launch import SynthesisReport
+
+
+def summarize(
+    settings: Settings,
+    rounds: Sequence[Mapping[str, Any]],
+    *,
+    prompts_upload: Mapping[str, int] | None,
+    synthesis: SynthesisReport | None,
+    store_hash: str | None,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Build the content of ``results.json``.
+
+    ``final_accuracy`` is the test accuracy after the last round, ``selected_accuracy`` that of the round with the best
+    validation accuracy (the earliest of equals), and ``paper_metric`` the best test accuracy of all rounds, which the
+    papers report although it selects on the test set.
+
+    Args:
+        settings: The run's settings.
+        rounds: Metrics of each round, at least one, with ``round``, ``phase``, ``accuracy``, ``loss``,
+            ``validation_accuracy`` and ``model_upload_bytes``.
+        prompts_upload: Mean bytes of a client's prompts: ``payload`` and whole ``message``; None without prompts.
+        synthesis: What the synthesis phase did; None if this start needed none.
+        store_hash: Content hash of the synthetic set; None without one.
+        seconds: Wall-clock seconds of each phase of this start.
+    """
+    selected = max(rounds, key=lambda row: (row["validation_accuracy"], -row["round"]))
+    model_bytes = [row["model_upload_bytes"] for row in rounds if row["model_upload_bytes"]]
+    return {
+        "method": settings.run.method,
+        "dataset": settings.data.dataset,
+        "partition": settings.data.partition,
+        "dirichlet_beta": settings.data.dirichlet_beta if settings.data.partition == "dirichlet" else None,
+        "seed": settings.run.seed,
+        "num_clients": settings.run.num_clients,
+        "rounds": [dict(row) for row in rounds],
+        "final_accuracy": rounds[-1]["accuracy"],
+        "selected_accuracy": selected["accuracy"],
+        "selected_round": selected["round"],
+        "paper_metric": max(row["accuracy"] for row in rounds),
+        "upload_bytes": {
+            "prompts_per_client": dict(prompts_upload) if prompts_upload is not None else None,
+            "model_per_client_per_round": round(sum(model_bytes) / len(model_bytes)) if model_bytes else None,
+        },
+        "synthesis": None
+        if synthesis is None
+        else {
+            "images": synthesis.images,
+            "generated": synthesis.generated,
+            "reused": synthesis.reused,
+            "seconds": round(synthesis.seconds, 3),
+            "images_per_second": round(synthesis.images_per_second, 3),
+            "content_hash": store_hash,
+        },
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+    }

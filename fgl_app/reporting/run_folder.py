@@ -1,0 +1,137 @@
+"""The folder of one run: configuration, prompts, checkpoints, metrics and results, and how a second start resumes it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord
+from safetensors.torch import load, save
+
+from fgl_app.config import Settings
+from fgl_app.errors import RunFolderError
+from fgl_app.files import read_json_lines, write_atomically, write_json, write_json_lines
+from fgl_app.prompts import PromptCount
+
+# A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
+_FREE_KEYS = {
+    "output-dir", "num-server-rounds", "device", "synthesis-batch-size", "captioning-batch-size",
+    "connect-timeout-s", "round-timeout-s",
+}  # fmt: skip
+_PACKAGES = ("flwr", "flwr-datasets", "torch", "torchvision", "diffusers", "transformers", "scikit-learn", "numpy")
+_CHECKPOINT = re.compile(r"round-(\d{4})\.safetensors")
+
+
+class RunFolder:
+    """``OUTPUT-DIR/RUN-NAME/``; opening it with the settings of an earlier start resumes that run.
+
+    Raises:
+        RunFolderError: If the folder cannot be written, or belongs to a run with other settings.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Open or make the folder of these settings."""
+        self.path = Path(settings.run.output_dir).expanduser() / settings.run.run_name
+        self.synthetic = self.path / "synthetic"
+        self._checkpoints = self.path / "checkpoints"
+        self._settings = settings
+        try:
+            for folder in (self.path, self._checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"`output-dir` must be a folder that can be written, but {str(self.path)!r} cannot be made "
+                f"({error.strerror}). Use for example ~/fgl-runs."
+            ) from None
+        self._refuse_other_settings()
+        write_json(
+            self.path / "config.json",
+            {
+                "run_config": settings.flat(),
+                "versions": {
+                    "python": platform.python_version(),
+                    **{name: importlib.metadata.version(name) for name in _PACKAGES},
+                },
+                "seeds": {"seed": settings.run.seed, "derivation": "sha256(seed, scope); see fgl_app/rng.py"},
+            },
+        )
+
+    def _refuse_other_settings(self) -> None:
+        file = self.path / "config.json"
+        if not file.exists():
+            return
+        try:
+            earlier: dict[str, Any] = json.loads(file.read_text("utf-8"))["run_config"]
+        except (ValueError, KeyError, TypeError):
+            raise RunFolderError(f"{str(file)!r} must be a run's configuration, but is damaged. Use another `run-name`.") from None
+        for key, value in self._settings.flat().items():
+            if key not in _FREE_KEYS and earlier.get(key) != value:
+                raise RunFolderError(
+                    f"`run-name` {self.path.name} must be resumed with the settings it began with, but `{key}` was "
+                    f"{earlier.get(key)!r} and is {value!r} now. Use another `run-name`."
+                )
+
+    def save_prompts(self, prompts: Sequence[PromptCount], upload: Mapping[str, int]) -> None:
+        """Keep the merged prompts, readable by the owner alone, and the bytes that they took."""
+        write_json(self.path / "prompts_upload.json", dict(upload))
+        write_json_lines(self.path / "prompts.jsonl", [asdict(item) for item in prompts], mode=0o600)
+
+    def load_prompts(self) -> tuple[list[PromptCount], dict[str, int]] | None:
+        """Return the merged prompts of an earlier start and their upload, or None."""
+        rows = read_json_lines(self.path / "prompts.jsonl")
+        if not rows:
+            return None
+        upload: dict[str, int] = json.loads((self.path / "prompts_upload.json").read_text("utf-8"))
+        return [PromptCount(**row) for row in rows], upload
+
+    def save_round(self, row: Mapping[str, Any], arrays: ArrayRecord) -> None:
+        """Keep a finished round: first its metrics, then the checkpoint that makes it count as finished."""
+        number = int(row["round"])
+        rows = [earlier for earlier in read_json_lines(self._metrics) if earlier["round"] < number]
+        write_json_lines(self._metrics, [*rows, dict(row)])
+        write_atomically(self._checkpoints / f"round-{number:04d}.safetensors", save(arrays.to_torch_state_dict()))
+
+    def finished_rounds(self) -> list[dict[str, Any]]:
+        """Return the metrics of the rounds that have both metrics and a checkpoint, from round 1 on without a gap."""
+        rows = {row["round"]: row for row in read_json_lines(self._metrics)}
+        saved = {
+            int(match[1]) for name in os.listdir(self._checkpoints) if (match := _CHECKPOINT.fullmatch(name)) is not None
+        }
+        finished = []
+        while (number := len(finished) + 1) in rows and number in saved:
+            finished.append(rows[number])
+        return finished
+
+    def load_arrays(self, number: int) -> ArrayRecord:
+        """Load the weights after round ``number``.
+
+        Raises:
+            RunFolderError: If the checkpoint is damaged.
+        """
+        path = self._checkpoints / f"round-{number:04d}.safetensors"
+        try:
+            state: dict[str, torch.Tensor] = load(path.read_bytes())
+        except Exception as error:  # safetensors raises an exception class of its own
+            raise RunFolderError(
+                f"{str(path)!r} must be a checkpoint, but cannot be read ({type(error).__name__}). Delete it; the run "
+                "then goes on from the round before."
+            ) from None
+        return ArrayRecord(state)
+
+    def write_results(self, results: Mapping[str, Any]) -> Path:
+        """Write ``results.json`` and return its path."""
+        path = self.path / "results.json"
+        write_json(path, dict(results))
+        return path
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"

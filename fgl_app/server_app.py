@@ -1,0 +1,249 @@
+"""The ServerApp and composition root: settings, strategy, phases and run folder are put together here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from logging import ERROR, INFO
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from fgl_app.config import Settings, check_model_source, parse_run_config
+from fgl_app.data.images import ImageSet
+from fgl_app.data.sources import class_names_of, digits_split, load_held_out
+from fgl_app.errors import FGLError
+from fgl_app.models import check_model_name
+from fgl_app.phases import Stopwatch, draw_plan, draw_synthetic_set, evaluator, initial_arrays, train_on_server
+from fgl_app.prompts import PromptCount
+from fgl_app.reporting.results import summarize
+from fgl_app.reporting.run_folder import RunFolder
+from fgl_app.store import UnitStore
+from fgl_app.synthesis.launch import SynthesisReport
+from strategies import FGL, CheckedRounds
+from strategies.rounds import Traffic, wait_for_clients
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the configured method; an error ends the run as failed, with its sentence in the log."""
+    try:
+        run(grid, check_settings(parse_run_config(context.run_config)))
+    except FGLError as error:
+        log(ERROR, "error: %s", error)
+        raise
+
+
+def check_settings(settings: Settings) -> Settings:
+    """Check what the settings name outside themselves, before anything is computed.
+
+    Raises:
+        ConfigError: If the classifier, the generator or the captioner cannot be found.
+    """
+    check_model_name(settings.training.model)
+    if settings.run.method == "fgl":
+        check_model_source("generator", settings.synthesis.generator, "model_index.json")
+        if settings.prompts.prompt_level == "instance":
+            check_model_source("captioner", settings.prompts.captioner, "config.json")
+    return settings
+
+
+def run(grid: Grid, settings: Settings) -> None:
+    """Run one method from its settings to ``results.json``."""
+    folder = RunFolder(settings)
+    log(INFO, "run folder: %s", folder.path)
+    session = Session(settings, folder)
+    if settings.run.method == "centralized":
+        session.train_centrally()
+    else:
+        session.train_federated(grid)
+    path = folder.write_results(session.results())
+    log(INFO, "final accuracy %.4f; results: %s", session.rounds[-1]["accuracy"], path)
+
+
+@dataclass
+class Session:
+    """One start of a run: what earlier starts left, and what this one adds."""
+
+    settings: Settings
+    folder: RunFolder
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of the finished rounds."""
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    synthesis: SynthesisReport | None = None
+    store_hash: str | None = None
+    prompts_upload: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Find the finished rounds of earlier starts."""
+        self.rounds = self.folder.finished_rounds()[: self.settings.run.num_server_rounds]
+        self._round_started = time.monotonic()
+        if self.rounds:
+            log(INFO, "resuming: %s rounds of this run are finished", len(self.rounds))
+
+    def train_centrally(self) -> None:
+        """Baseline: each round is ``local-epochs`` epochs on all real training images in one place."""
+        data = digits_split(self.settings.data, "train")
+        evaluate = evaluator(self.settings, load_held_out(self.settings.data))
+        arrays = self._first_arrays()
+        for number in range(len(self.rounds) + 1, self.settings.run.num_server_rounds + 1):
+            with self.stopwatch.measure("rounds"):
+                arrays = train_on_server(
+                    self.settings, arrays, data, epochs=self.settings.training.local_epochs, scope=("centralized", number)
+                )
+            validation, test = evaluate(arrays)
+            self._finish_round(
+                number, "centralized", arrays, test.accuracy, test.loss, validation.accuracy, model_upload_bytes=0
+            )
+
+    def train_federated(self, grid: Grid) -> None:
+        """Run FedAvg rounds, for method ``fgl`` after the prompt round and the server's phase."""
+        run_settings = self.settings.run
+        done = len(self.rounds)
+        central = self.settings.data.dataset == "digits"
+        inner = FedAvg(
+            fraction_evaluate=0.0 if central else 1.0,
+            min_train_nodes=run_settings.num_clients,
+            min_evaluate_nodes=0 if central else run_settings.num_clients,
+            min_available_nodes=run_settings.num_clients,
+        )
+        strategy = self._fgl(inner, done) if run_settings.method == "fgl" else CheckedRounds(inner, rounds_done=done)
+        if run_settings.method == "fedavg" and done < run_settings.num_server_rounds:
+            wait_for_clients(grid, run_settings.num_clients, run_settings.connect_timeout_s, time.sleep)
+        remaining = run_settings.num_server_rounds - (done if run_settings.method == "fedavg" else 0)
+        self._round_started = time.monotonic()
+        with self.stopwatch.measure("total"):
+            strategy.start(
+                grid=grid,
+                initial_arrays=self._first_arrays(),
+                num_rounds=remaining,
+                timeout=run_settings.round_timeout_s,
+                evaluate_fn=self._evaluate_fn(strategy, offset=done if run_settings.method == "fedavg" else 0),
+            )
+
+    def results(self) -> dict[str, Any]:
+        """Build the content of ``results.json``."""
+        return summarize(
+            self.settings,
+            self.rounds,
+            prompts_upload=self.prompts_upload,
+            synthesis=self.synthesis,
+            store_hash=self.store_hash,
+            seconds=self.stopwatch.seconds,
+        )
+
+    def _first_arrays(self) -> ArrayRecord:
+        return self.folder.load_arrays(len(self.rounds)) if self.rounds else initial_arrays(self.settings)
+
+    def _fgl(self, inner: FedAvg, done: int) -> FGL:
+        earlier = self.folder.load_prompts()
+        if earlier is not None:
+            prompts, self.prompts_upload = earlier
+            log(INFO, "resuming: %s distinct prompts of this run are reused", len(prompts))
+        training = self.settings.training
+        strategy = FGL(
+            inner,
+            num_classes=len(class_names_of(self.settings.data)),
+            num_clients=self.settings.run.num_clients,
+            synthesize=self._synthesize,
+            pretrain=self._pretrain,
+            finetune=self._finetune if training.server_finetune_epochs else None,
+            prompts=earlier[0] if earlier is not None else None,
+            on_prompts=lambda merged: self._keep_prompts(merged, strategy.traffic),
+            connect_timeout_s=self.settings.run.connect_timeout_s,
+            rounds_done=done,
+        )
+        return strategy
+
+    def _keep_prompts(self, merged: Sequence[PromptCount], traffic: Traffic) -> None:
+        self.stopwatch.seconds["prompts"] = time.monotonic() - self._round_started
+        self.prompts_upload = {
+            "payload": max(traffic.prompt_payload_bytes),
+            "message": max(traffic.prompt_bytes),
+        }
+        self.folder.save_prompts(merged, self.prompts_upload)
+
+    def _synthesize(self, prompts: Sequence[PromptCount]) -> ImageSet:
+        plan = draw_plan(self.settings, prompts)
+        with self.stopwatch.measure("synthesis"):
+            images, self.synthesis = draw_synthetic_set(plan, self.folder, self.settings.data.image_size)
+        self.store_hash = UnitStore(self.folder.synthetic).content_hash([unit.unit_id for unit in plan.units()])
+        return images
+
+    def _pretrain(self, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:
+        with self.stopwatch.measure("pretraining"):
+            return train_on_server(
+                self.settings, arrays, images, epochs=self.settings.training.server_epochs, scope=("pretraining",)
+            )
+
+    def _finetune(self, server_round: int, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:
+        with self.stopwatch.measure("finetuning"):
+            return train_on_server(
+                self.settings,
+                arrays,
+                images,
+                epochs=self.settings.training.server_finetune_epochs,
+                scope=("finetuning", server_round),
+            )
+
+    def _evaluate_fn(
+        self, strategy: CheckedRounds, offset: int
+    ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+        """Return Flower's ``evaluate_fn``: measure a finished round and keep it; ``offset`` rounds are not counted."""
+        central = None
+        if self.settings.data.dataset == "digits":
+            central = evaluator(self.settings, load_held_out(self.settings.data))
+
+        def evaluate(counted: int, arrays: ArrayRecord) -> MetricRecord | None:
+            number = offset + counted
+            if number <= len(self.rounds):  # round 0, or the last round of an earlier start
+                return None
+            if central is not None:
+                validation, test = central(arrays)
+                accuracy, loss, validation_accuracy = test.accuracy, test.loss, validation.accuracy
+            else:
+                metrics = strategy.client_metrics[number]
+                accuracy, loss, validation_accuracy = (
+                    float(metrics[key]) for key in ("accuracy", "loss", "validation_accuracy")  # type: ignore[arg-type]
+                )
+            phase = "one-shot" if self.settings.run.method == "fgl" and number == 1 else "fedavg"
+            sizes = strategy.traffic.model_bytes
+            self._finish_round(
+                number, phase, arrays, accuracy, loss, validation_accuracy,
+                model_upload_bytes=round(sum(sizes) / len(sizes)) if sizes else 0,
+            )  # fmt: skip
+            return MetricRecord({"accuracy": accuracy, "loss": loss, "validation_accuracy": validation_accuracy})
+
+        return evaluate
+
+    def _finish_round(
+        self,
+        number: int,
+        phase: str,
+        arrays: ArrayRecord,
+        accuracy: float,
+        loss: float,
+        validation_accuracy: float,
+        *,
+        model_upload_bytes: int,
+    ) -> None:
+        now = time.monotonic()
+        row = {
+            "round": number,
+            "phase": phase,
+            "accuracy": accuracy,
+            "loss": loss,
+            "validation_accuracy": validation_accuracy,
+            "model_upload_bytes": model_upload_bytes,
+            "seconds": round(now - self._round_started, 3),
+        }
+        self._round_started = now
+        self.folder.save_round(row, arrays)
+        self.rounds.append(row)
+        log(INFO, "round %s (%s): accuracy %.4f, loss %.4f", number, phase, accuracy, loss)

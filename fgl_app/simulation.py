@@ -1,0 +1,194 @@
+"""Run the application on a SuperLink of its own: private ports and folders, nothing left behind.
+
+``flwr run`` alone ends with code 0 when a run fails, and shares one local SuperLink, with the working directory and
+environment of whoever started it first. Here each run starts its SuperLink, checks how the run ended, and stops it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+from fgl_app.config import APP_FOLDER, RunConfigValue, default_run_config, parse_run_config
+from fgl_app.errors import ConfigError, FGLError
+from fgl_app.server_app import check_settings
+
+_START_TIMEOUT_S = 60.0
+
+
+class RunFailedError(FGLError):
+    """Flower reports that the run did not complete."""
+
+
+def simulate(overrides: Sequence[str], *, num_clients: int, client_cpus: int, client_gpus: float) -> None:
+    """Run the application with ``num_clients`` simulated clients and wait for its end.
+
+    Args:
+        overrides: Run configuration, ``KEY=VALUE`` each.
+        num_clients: Simulated clients.
+        client_cpus: CPU cores per client.
+        client_gpus: Share of a GPU per client.
+
+    Raises:
+        ConfigError: If the configuration is wrong; nothing is started then.
+        RunFailedError: If the run did not complete.
+    """
+    chosen = parse_overrides(overrides) | {"num-clients": num_clients}
+    check_settings(parse_run_config(default_run_config() | chosen))
+    run_config = " ".join(f"{key}={_toml(value)}" for key, value in chosen.items())
+    federation = (
+        f"num-supernodes={num_clients} client-resources-num-cpus={client_cpus} "
+        f"client-resources-num-gpus={client_gpus}"
+    )
+    with tempfile.TemporaryDirectory(prefix="fgl-flower-") as home, _superlink(Path(home)) as environment:
+        command = ["flwr", "run", str(APP_FOLDER), "fgl", "--stream"]
+        command += ["--run-config", run_config, "--federation-config", federation]
+        code, run_id = _stream(command, environment)
+        status = _status(run_id, environment) if run_id else "never started"
+    if code != 0 or status != "finished:completed":
+        raise RunFailedError(
+            f"Flower must report the run as finished:completed, but reports {status}. The log above has the reason; "
+            "what was finished is kept and a second start with the same `run-name` resumes."
+        )
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, RunConfigValue]:
+    """Turn ``KEY=VALUE`` words into typed values: true, false, whole numbers, numbers, and text for the rest.
+
+    Raises:
+        ConfigError: If a word has no ``=``.
+    """
+    values: dict[str, RunConfigValue] = {}
+    defaults = default_run_config()
+    for word in overrides:
+        key, mark, text = word.partition("=")
+        if not mark or not key:
+            raise ConfigError(f"A setting must be KEY=VALUE, but is {word!r}. Use for example dirichlet-beta=0.5.")
+        values[key] = text if isinstance(defaults.get(key), str) else _value(text)
+    return values
+
+
+def _value(text: str) -> RunConfigValue:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _toml(value: RunConfigValue) -> str:
+    # JSON's strings, numbers and booleans are TOML's, too.
+    return json.dumps(value)
+
+
+@contextlib.contextmanager
+def _superlink(home: Path) -> Iterator[dict[str, str]]:
+    """Start a SuperLink for simulations below ``home``; yield the environment that reaches it; stop all of it."""
+    port, control_port = _free_port(), _free_port()
+    environment = os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        # Flower starts its parts by bare name.
+        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+    }
+    (home / "config.toml").write_text(f'[superlink.fgl]\naddress = "127.0.0.1:{port}"\ninsecure = true\n', "utf-8")
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control_port}"]
+    log_path = home / "superlink.log"
+    with log_path.open("wb") as log_file:
+        process = subprocess.Popen(
+            command, env=environment, cwd=home, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            _wait_until_healthy(process, port, log_path)
+            yield environment
+        finally:
+            _stop_session(process)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        time.sleep(0.2)
+    tail = log_path.read_text("utf-8", "replace")[-2000:]
+    raise RunFailedError(f"The SuperLink must start within {_START_TIMEOUT_S:g} s, but did not. Its log ends:\n{tail}")
+
+
+def _stream(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str | None]:
+    """Run ``flwr run``, pass its output on, and find the run's id in it."""
+    run_id = None
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+                if run_id is None and (match := re.search(r"[Rr]un (?:ID:? ?)?(\d{6,})", line)):
+                    run_id = match[1]
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, run_id
+
+
+def _status(run_id: str, environment: dict[str, str]) -> str:
+    """Ask Flower how the run ended; the log's stream can end a moment before the status is set."""
+    status = "unknown"
+    for _ in range(60):
+        listing = subprocess.run(
+            ["flwr", "list", "fgl", "--run-id", run_id, "--format", "json"],
+            env=environment, cwd=environment["FLWR_HOME"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        with contextlib.suppress(ValueError, KeyError, IndexError):
+            status = json.loads(listing.stdout)["runs"][0]["status"]
+        if status.startswith("finished"):
+            break
+        time.sleep(1.0)
+    return status
+
+
+def _stop_session(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink and every process of its session, such as Ray's and the synthesis worker's."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        members = psutil.Process(process.pid).children(recursive=True)  # before the parents are gone
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        for member in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.kill()
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,142 @@
+"""Local SGD and evaluation; the server and the clients share them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fgl_app.data.images import ImageSet
+
+MOMENTUM = 0.9
+"""FGL, Appendix: SGD with momentum 0.9 on the server and on the clients."""
+_EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and accuracy over a set of images."""
+
+    loss: float
+    """Cross-entropy, nats."""
+    accuracy: float
+    """Share of correct predictions, 0 to 1."""
+    num_examples: int
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn the ``device`` setting into a device; ``auto`` is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def train(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    augmentation: str,
+    generator: torch.Generator,
+    device: torch.device,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> float:
+    """Train a classifier in place by SGD with momentum 0.9 on the cross-entropy.
+
+    Args:
+        model: From float ``[N, 3, S, S]`` to logits ``[N, K]``.
+        data: At least one image.
+        epochs: Passes over the data, each in a new random order.
+        batch_size: Images per step.
+        learning_rate: Step size.
+        weight_decay: L2 penalty (2e-4 on the paper's server, 1e-4 on its clients).
+        augmentation: ``none``, ``crop`` or ``crop-flip``.
+        generator: CPU generator of the order and the crops.
+        device: Where to train.
+        on_epoch: Called with the number of finished epochs and their last mean loss.
+
+    Returns:
+        Mean loss over the last epoch, nats.
+    """
+    # A private generator drives dropout, so that training neither reads nor moves the global one.
+    with torch.random.fork_rng(devices=[]):
+        torch.random.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        images, labels = data.images.to(device), data.labels.to(device)
+        optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=weight_decay)
+        mean_loss = math.nan
+        for epoch in range(epochs):
+            total = torch.zeros((), device=device)
+            for rows in torch.randperm(len(data), generator=generator).split(batch_size):
+                # BatchNorm cannot normalise a single value: a batch of one is doubled, which leaves the mean as it is.
+                chosen = rows.repeat(2) if len(rows) == 1 else rows
+                pixels = augment(normalize(images[chosen.to(device)]), augmentation, generator)
+                loss = F.cross_entropy(_logits(model, pixels), labels[chosen.to(device)])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total += loss.detach() * len(rows)
+            mean_loss = total.item() / len(data)
+            if on_epoch is not None:
+                on_epoch(epoch + 1, mean_loss)
+    model.to("cpu")
+    return mean_loss
+
+
+def evaluate(model: nn.Module, data: ImageSet, device: torch.device) -> Evaluation:
+    """Measure loss and accuracy of a classifier; an empty set gives zeros."""
+    if len(data) == 0:
+        return Evaluation(0.0, 0.0, 0)
+    network = copy.deepcopy(model).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    loss, correct = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(data), _EVALUATION_BATCH):
+            labels = data.labels[start : start + _EVALUATION_BATCH].to(device)
+            logits = network(normalize(data.images[start : start + _EVALUATION_BATCH].to(device)))
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            correct += int((logits.argmax(1) == labels).sum())
+    return Evaluation(loss / len(data), correct / len(data), len(data))
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """Map uint8 ``[N, 3, S, S]`` to float32 in -1 to 1, channels last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1.0)
+
+
+def augment(images: torch.Tensor, augmentation: str, generator: torch.Generator) -> torch.Tensor:
+    """Crop 0.75 to 1 of the area at aspect ratios 3/4 to 4/3 (``crop``) and flip (``crop-flip``), each image by itself.
+
+    One ``grid_sample`` draws its own crop for every row; transforms of torchvision would draw one for the whole batch.
+
+    Args:
+        images: float ``[N, 3, S, S]``.
+        augmentation: ``none``, ``crop`` or ``crop-flip``.
+        generator: CPU generator.
+
+    Returns:
+        float ``[N, 3, S, S]``.
+    """
+    if augmentation == "none":
+        return images
+    uniform = torch.rand(5, len(images), generator=generator)
+    area = 0.75 + 0.25 * uniform[0]
+    aspect = torch.exp(math.log(4 / 3) * (2 * uniform[1] - 1))
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    flip = torch.where(uniform[4] < 0.5, -1.0, 1.0) if augmentation == "crop-flip" else torch.ones(len(images))
+    theta = torch.zeros(len(images), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = width * flip, height
+    theta[:, 0, 2], theta[:, 1, 2] = (2 * uniform[2] - 1) * (1 - width), (2 * uniform[3] - 1) * (1 - height)
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    output = model(pixels)
+    # googlenet and inception_v3 return their auxiliary logits beside the main ones while they train.
+    return output if isinstance(output, torch.Tensor) else output.logits

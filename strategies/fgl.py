@@ -1,0 +1,187 @@
+"""Federated Generative Learning as a Flower strategy: a prompt round, then the rounds of any other strategy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from logging import INFO, WARNING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
+
+from fgl_app.data.images import ImageSet
+from fgl_app.errors import PromptError, RoundError
+from fgl_app.prompts import PromptCount, merge_prompts
+from fgl_app.records import CONFIG, PROMPTS_MESSAGE, decode_prompts, payload_of, serialized_bytes
+from strategies.rounds import CheckedRounds, wait_for_clients
+
+Synthesize = Callable[[Sequence[PromptCount]], ImageSet]
+Pretrain = Callable[[ArrayRecord, ImageSet], ArrayRecord]
+Finetune = Callable[[int, ArrayRecord, ImageSet], ArrayRecord]
+
+
+class FGL(CheckedRounds):
+    """Round 1: prompts, synthesis, pre-training. Rounds 2 to R: the inner strategy, from those weights.
+
+    Must be the outermost strategy, because Flower runs the ``start()`` of the outermost one only: ``FGL(DP(FedAvg()))``
+    works, ``DP(FGL(FedAvg()))`` would skip the prompt round.
+
+    Args:
+        inner: Strategy of rounds 2 to R; ``FedAvg()`` if None.
+        num_classes: Number of classes K; the label of a prompt must lie in 0 to K - 1.
+        num_clients: Clients that must be connected before they are asked for prompts.
+        synthesize: Draws the synthetic set from the merged prompts.
+        pretrain: Trains the initial weights on the synthetic set (FGL, Section 3.3; its result is the one-shot model).
+        finetune: Trains the aggregated weights of a round on the synthetic set ("R-round-syn"); None for none.
+        prompts: Merged prompts of an earlier start of this run; the clients are then not asked again.
+        on_prompts: Called with the merged prompts as soon as they are complete.
+        connect_timeout_s: Seconds to wait for the clients.
+        rounds_done: 0, or the finished rounds of an earlier start; with 1 or more, ``start()`` takes their weights as
+            its initial arrays and neither pre-trains nor evaluates them again.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy | None = None,
+        *,
+        num_classes: int,
+        num_clients: int,
+        synthesize: Synthesize,
+        pretrain: Pretrain,
+        finetune: Finetune | None = None,
+        prompts: Sequence[PromptCount] | None = None,
+        on_prompts: Callable[[Sequence[PromptCount]], None] | None = None,
+        connect_timeout_s: float = 120.0,
+        rounds_done: int = 0,
+    ) -> None:
+        """See the class."""
+        super().__init__(inner if inner is not None else FedAvg(), rounds_done=rounds_done)
+        self._num_classes = num_classes
+        self._num_clients = num_clients
+        self._synthesize = synthesize
+        self._pretrain = pretrain
+        self._finetune = finetune
+        self._prompts = prompts
+        self._on_prompts = on_prompts
+        self._connect_timeout_s = connect_timeout_s
+        self._synthetic: ImageSet | None = None
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the prompt round and the server's phase, then Flower's own loop for the other rounds.
+
+        Args:
+            grid: Access to the clients.
+            initial_arrays: Weights to pre-train from; or, if ``rounds_done`` > 0, the weights of the last finished round.
+            num_rounds: R as the paper counts: 1 is one-shot, 5 is the prompt round and four rounds of the inner
+                strategy.
+            timeout: Seconds to wait for the replies of one exchange.
+            train_config: Sent with every training message.
+            evaluate_config: Sent with every evaluation message.
+            evaluate_fn: Evaluates on the server after every round, from round 1, the one-shot model, on.
+
+        Returns:
+            The final arrays and the metrics of all rounds, numbered as the paper does.
+
+        Raises:
+            RoundError: If fewer clients than needed connect, or none succeeds in an exchange.
+        """
+        prompts = self._prompts
+        if prompts is None:
+            prompts = self.collect_prompts(grid, timeout)
+            if self._on_prompts is not None:
+                self._on_prompts(prompts)
+        arrays = initial_arrays
+        self._synthetic = self._synthesize(prompts)
+        if self.rounds_done == 0:
+            arrays = self._pretrain(initial_arrays, self._synthetic)
+            self._evaluate_on_clients(grid, arrays, evaluate_config or ConfigRecord(), timeout)
+            self.rounds_done = 1
+        result = super().start(
+            grid,
+            arrays,
+            num_rounds - self.rounds_done,
+            timeout,
+            train_config,
+            evaluate_config,
+            None if evaluate_fn is None else lambda done, current: evaluate_fn(self.rounds_done + done, current),
+        )
+        if len(result.arrays) == 0:  # Flower fills it in its loop, which had no round to run
+            result.arrays = arrays
+        return _renumbered(result, self.rounds_done)
+
+    def collect_prompts(self, grid: Grid, timeout: float) -> list[PromptCount]:
+        """Ask every client for its prompts and merge them (FGL, Algorithm 1: the clients' part of round 1).
+
+        Raises:
+            RoundError: If fewer clients than needed connect, or none sends usable prompts.
+        """
+        nodes = wait_for_clients(grid, self._num_clients, self._connect_timeout_s, time.sleep)
+        log(INFO, "[ROUND 1] asking %s clients for prompts", len(nodes))
+        content = RecordDict({CONFIG: ConfigRecord({"server-round": 1})})
+        questions = [Message(content=content, message_type=PROMPTS_MESSAGE, dst_node_id=node) for node in nodes]
+        replies = list(grid.send_and_receive(questions, timeout=timeout))
+        if len(replies) < len(nodes):
+            log(WARNING, "prompt round: %s of %s clients did not reply in time", len(nodes) - len(replies), len(nodes))
+        collected, refusals = [], set()
+        for reply in self.usable_replies("the prompt round", replies):
+            if not reply.has_content():
+                continue
+            try:
+                payload = payload_of(reply)
+                collected.append(decode_prompts(payload, self._num_classes))
+            except PromptError as error:
+                log(WARNING, "prompt round: refused the prompts of one client: %s", error)
+                refusals.add(str(error))
+                continue
+            self.traffic.prompt_bytes.append(serialized_bytes(reply))
+            self.traffic.prompt_payload_bytes.append(len(payload))
+        if not collected:
+            raise RoundError(f"In the prompt round no client's prompts could be used: {' '.join(sorted(refusals))}")
+        merged = merge_prompts(collected)
+        log(INFO, "[ROUND 1] %s clients sent %s distinct prompts", len(collected), len(merged))
+        return merged
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate as the inner strategy does, then fine-tune on the synthetic set if asked to."""
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if arrays is not None and self._finetune is not None:
+            assert self._synthetic is not None
+            arrays = self._finetune(self.rounds_done + server_round, arrays, self._synthetic)
+        return arrays, metrics
+
+    def summary(self) -> None:
+        """Log the server's phase and the inner strategy."""
+        log(INFO, "\t├──> Federated Generative Learning, fine-tuning: %s", "on" if self._finetune else "off")
+        super().summary()
+
+    def _evaluate_on_clients(self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, timeout: float) -> None:
+        """Evaluate the one-shot model where the inner strategy evaluates on clients; Flower's loop starts later."""
+        questions = list(self.configure_evaluate(1, arrays, config, grid))
+        if questions:
+            self.aggregate_evaluate(1, grid.send_and_receive(questions, timeout=timeout))
+
+
+def _renumbered(result: Result, offset: int) -> Result:
+    """Number a result's rounds as the paper does: the loop's round r is round ``offset`` + r."""
+    for metrics in (
+        result.train_metrics_clientapp,
+        result.evaluate_metrics_clientapp,
+        result.evaluate_metrics_serverapp,
+    ):
+        shifted = {offset + number: value for number, value in metrics.items()}
+        metrics.clear()
+        metrics.update(shifted)
+    return result
