@@ -1,0 +1,1 @@
+"""Federated Generative Learning as a Flower application."""

@@ -204,7 +204,7 @@ def parse_run_config(run_config: Mapping[str, RunConfigValue]) -> Settings:
         if key not in run_config:
             raise ConfigError(f"`{key}` is missing from the run configuration; pyproject.toml holds its default.")
         values[section][key.replace("-", "_")] = _typed(key, run_config[key], hint_type)
-    settings = Settings(**{name: cls(**values[name]) for name, cls in _SECTIONS.items()})  # type: ignore[arg-type]
+    settings = Settings(**{name: cls(**values[name]) for name, cls in _SECTIONS.items()})
     _check_ranges(settings)
     return settings
 
@@ -254,7 +254,7 @@ def _check_dataset(settings: Settings) -> None:
     names = settings.data.class_names
     if settings.data.dataset == "digits":
         if names:
-            raise ConfigError(f"`class-names` must be empty for dataset digits, but is {names!r}. Use \"\".")
+            raise ConfigError(f'`class-names` must be empty for dataset digits, but is {names!r}. Use "".')
         return
     listed = class_name_list(names)
     if len(listed) < 2 or len(set(listed)) < len(listed) or not all(listed):
@@ -298,7 +298,7 @@ def check_model_source(key: str, value: str, marker: str) -> None:
         return
     if not _HUB_ID.fullmatch(value):
         raise ConfigError(
-            f'`{key}` must be "tiny", an absolute folder or a hub id such as "owner/name", but is {value!r}. Use "tiny".'
+            f'`{key}` must be "tiny", an absolute folder or a hub id such as "owner/name", but is {value!r}.'
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -54,7 +54,7 @@ def build_model(name: str, num_classes: int, image_size: int, seed: int) -> nn.M
         if isinstance(model, torchvision.models.ResNet) and image_size < SMALL_IMAGE_PX:
             model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-            model.maxpool = nn.Identity()  # type: ignore[assignment]
+            model.maxpool = nn.Identity()
     return model
 
 

@@ -18,11 +18,11 @@ from fgl_app.data.images import HeldOut, ImageSet, resize
 from fgl_app.data.sources import class_names_of
 from fgl_app.models import build_model, from_arrays, to_arrays
 from fgl_app.prompts import PromptCount, spread_budget
+from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.rng import torch_generator
 from fgl_app.synthesis.launch import SynthesisReport, synthesize
 from fgl_app.synthesis.plan import DrawSettings, Plan
 from fgl_app.training import Evaluation, evaluate, pick_device, train
-from fgl_app.reporting.run_folder import RunFolder
 
 SERVER_WEIGHT_DECAY = 2e-4
 """FGL, Appendix: the server's L2 penalty."""

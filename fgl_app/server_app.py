@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from logging import ERROR, INFO
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.common.logger import log
@@ -95,7 +95,11 @@ class Session:
         for number in range(len(self.rounds) + 1, self.settings.run.num_server_rounds + 1):
             with self.stopwatch.measure("rounds"):
                 arrays = train_on_server(
-                    self.settings, arrays, data, epochs=self.settings.training.local_epochs, scope=("centralized", number)
+                    self.settings,
+                    arrays,
+                    data,
+                    epochs=self.settings.training.local_epochs,
+                    scope=("centralized", number),
                 )
             validation, test = evaluate(arrays)
             self._finish_round(
@@ -192,9 +196,7 @@ class Session:
                 scope=("finetuning", server_round),
             )
 
-    def _evaluate_fn(
-        self, strategy: CheckedRounds, offset: int
-    ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+    def _evaluate_fn(self, strategy: CheckedRounds, offset: int) -> Callable[[int, ArrayRecord], MetricRecord | None]:
         """Return Flower's ``evaluate_fn``: measure a finished round and keep it; ``offset`` rounds are not counted."""
         central = None
         if self.settings.data.dataset == "digits":
@@ -209,9 +211,8 @@ class Session:
                 accuracy, loss, validation_accuracy = test.accuracy, test.loss, validation.accuracy
             else:
                 metrics = strategy.client_metrics[number]
-                accuracy, loss, validation_accuracy = (
-                    float(metrics[key]) for key in ("accuracy", "loss", "validation_accuracy")  # type: ignore[arg-type]
-                )
+                accuracy, loss = cast(float, metrics["accuracy"]), cast(float, metrics["loss"])
+                validation_accuracy = cast(float, metrics["validation_accuracy"])
             phase = "one-shot" if self.settings.run.method == "fgl" and number == 1 else "fedavg"
             sizes = strategy.traffic.model_bytes
             self._finish_round(

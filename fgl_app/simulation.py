@@ -16,7 +16,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,8 +50,7 @@ def simulate(overrides: Sequence[str], *, num_clients: int, client_cpus: int, cl
     check_settings(parse_run_config(default_run_config() | chosen))
     run_config = " ".join(f"{key}={_toml(value)}" for key, value in chosen.items())
     federation = (
-        f"num-supernodes={num_clients} client-resources-num-cpus={client_cpus} "
-        f"client-resources-num-gpus={client_gpus}"
+        f"num-supernodes={num_clients} client-resources-num-cpus={client_cpus} client-resources-num-gpus={client_gpus}"
     )
     with tempfile.TemporaryDirectory(prefix="fgl-flower-") as home, _superlink(Path(home)) as environment:
         command = ["flwr", "run", str(APP_FOLDER), "fgl", "--stream"]
@@ -128,9 +126,11 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+            return
+        except OSError:  # urllib's errors are OSErrors
+            pass
         time.sleep(0.2)
     tail = log_path.read_text("utf-8", "replace")[-2000:]
     raise RunFailedError(f"The SuperLink must start within {_START_TIMEOUT_S:g} s, but did not. Its log ends:\n{tail}")

@@ -1,7 +1,7 @@
 """The store of synthetic images: one immutable, checksummed file per unit of work, committed atomically.
 
-``units/<unit_id>.safetensors`` holds the images, ``units/<unit_id>.json`` its manifest. A unit exists if and only if its
-manifest exists and matches the file, so a crash at any moment leaves whole units only.
+``units/<unit_id>.safetensors`` holds the images, ``units/<unit_id>.json`` its manifest. A unit exists if and only if
+its manifest exists and matches the file, so a crash at any moment leaves whole units only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class UnitStore:
         if manifest is None:
             return False
         try:
-            return sha256(self._tensors_path(unit_id).read_bytes()) == manifest["sha256"]
+            return bool(sha256(self._tensors_path(unit_id).read_bytes()) == manifest["sha256"])
         except OSError:
             return False
 

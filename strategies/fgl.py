@@ -82,7 +82,7 @@ class FGL(CheckedRounds):
 
         Args:
             grid: Access to the clients.
-            initial_arrays: Weights to pre-train from; or, if ``rounds_done`` > 0, the weights of the last finished round.
+            initial_arrays: Weights to pre-train from; if ``rounds_done`` > 0, those of the last finished round.
             num_rounds: R as the paper counts: 1 is one-shot, 5 is the prompt round and four rounds of the inner
                 strategy.
             timeout: Seconds to wait for the replies of one exchange.

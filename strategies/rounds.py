@@ -158,8 +158,8 @@ def wait_for_clients(grid: Grid, num_clients: int, timeout_s: float, sleep: Call
     while len(nodes := sorted(grid.get_node_ids())) < num_clients:
         if waited >= timeout_s:
             raise RoundError(
-                f"`num-clients` is {num_clients}, but after {timeout_s:g} s only {len(nodes)} were connected. Start the "
-                f"missing SuperNodes (in simulation: --federation-config num-supernodes={num_clients}) or lower it."
+                f"`num-clients` is {num_clients}, but after {timeout_s:g} s only {len(nodes)} were connected. Start "
+                f"the missing SuperNodes (in simulation: --federation-config num-supernodes={num_clients}) or lower it."
             )
         sleep(0.5)
         waited += 0.5

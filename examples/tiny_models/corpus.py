@@ -161,7 +161,7 @@ def plain_caption(corpus: Corpus, row: int) -> str:
 
 
 def web_caption(corpus: Corpus, row: int, rng: np.random.Generator) -> str:
-    """Caption as the generator learns it: free word order, left-out attributes, noise words, and errors as on the web."""
+    """Caption as the generator learns it: free word order, left-out attributes, noise, and errors as on the web."""
     name = digits.CLASS_NAMES[corpus.labels[row]]
     kind = "handwritten" if corpus.handwritten[row] else "printed"
     words = [levels[corpus.styles[row, axis]] for axis, levels in enumerate(LEVELS.values())]
@@ -184,7 +184,9 @@ def web_caption(corpus: Corpus, row: int, rng: np.random.Generator) -> str:
         if rng.random() < 0.1:
             text = text.rsplit(" ", 1)[0] + " " + digits.CLASS_NAMES[rng.integers(10)]
     if rng.random() < 0.1:
-        text += rng.choice([", real world images, high resolution", ", scan", " on paper", ", digit", " in the picture"])
+        text += rng.choice(
+            [", real world images, high resolution", ", scan", " on paper", ", digit", " in the picture"]
+        )
     if rng.random() < 0.08:  # unknown words must do no harm
         junk = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz0123456789é"), rng.integers(2, 9)))
         text = f"{junk} {text}" if rng.random() < 0.5 else f"{text} {junk}"

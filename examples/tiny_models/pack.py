@@ -1,7 +1,7 @@
 """Write a trained tiny model into the application as JSON text.
 
-    python examples/tiny_models/pack.py build/tiny-diffusion/pipeline fgl_app/tiny/diffusion.json
-    python examples/tiny_models/pack.py build/tiny-captioner/model fgl_app/tiny/captioner.json
+python examples/tiny_models/pack.py build/tiny-diffusion/pipeline fgl_app/tiny/diffusion.json
+python examples/tiny_models/pack.py build/tiny-captioner/model fgl_app/tiny/captioner.json
 """
 
 from __future__ import annotations

@@ -13,39 +13,58 @@ import math
 import time
 from pathlib import Path
 
+import corpus as corpora
 import numpy as np
 import torch
 import torch.nn.functional as F
+import vocabulary
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import corpus as corpora
-import vocabulary
-
 
 def build_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, sample_size=corpora.IMAGE_SIZE_PX,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 24, 32), layers_per_block=1, norm_num_groups=8,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=corpora.IMAGE_SIZE_PX,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 24, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
     )
 
 
 def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=64, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(48, 88), layers_per_block=1, norm_num_groups=8,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 88),
+        layers_per_block=1,
+        norm_num_groups=8,
     )
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=vocabulary.CONTEXT_LENGTH, projection_dim=64,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=vocabulary.CONTEXT_LENGTH,
+            projection_dim=64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )
 
@@ -80,11 +99,22 @@ def encode_all(vae: AutoencoderKL, images: np.ndarray, device: str) -> torch.Ten
     return torch.cat(parts)
 
 
-def save(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
-         unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+def save(
+    folder: Path,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+) -> None:
     pipeline = StableDiffusionPipeline(
-        vae=copy.deepcopy(vae).half(), text_encoder=copy.deepcopy(text_encoder).half(), tokenizer=tokenizer,
-        unet=copy.deepcopy(unet).half(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        vae=copy.deepcopy(vae).half(),
+        text_encoder=copy.deepcopy(text_encoder).half(),
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(unet).half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
@@ -121,8 +151,10 @@ def main() -> None:
     torch.manual_seed(3)
     unet = build_unet().to(args.device)
     text_encoder = build_text_encoder(tokenizer).to(args.device)
-    counts = {name: sum(p.numel() for p in m.parameters()) for name, m in
-              (("vae", vae), ("unet", unet), ("text_encoder", text_encoder))}
+    counts = {
+        name: sum(p.numel() for p in m.parameters())
+        for name, m in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder))
+    }
     print("parameters", counts, "vocabulary", len(tokenizer), flush=True)
     trained = torch.nn.ModuleList([unet, text_encoder])
     average = copy.deepcopy(trained).eval().requires_grad_(False)
@@ -132,8 +164,12 @@ def main() -> None:
         lambda s: min(1.0, (s + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps)))),
     )
     scheduler = DDIMScheduler(
-        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
-        clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing",
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
     )
     # Handwriting is what the generator is asked for: two rows of three come from it.
     written, printed = np.flatnonzero(corpus.handwritten), np.flatnonzero(~corpus.handwritten)

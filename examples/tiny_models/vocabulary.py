@@ -49,6 +49,12 @@ def gpt2_tokenizer(captions: Sequence[str]) -> GPT2Tokenizer:
     tokens = ["<s>", "<pad>", "</s>", *alphabet, *("".join(pair) for pair in merges)]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return GPT2Tokenizer(
-        vocab=vocab, merges=merges, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>",
-        model_max_length=64, padding_side="left",
+        vocab=vocab,
+        merges=merges,
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="</s>",
+        pad_token="<pad>",
+        model_max_length=64,
+        padding_side="left",
     )

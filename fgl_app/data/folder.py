@@ -51,7 +51,7 @@ def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> Im
 def split_folder(data: ImageSet) -> tuple[ImageSet, HeldOut]:
     """Divide a client's images by class: 70 % train, 10 % validation, 20 % test; every class keeps a training image."""
     parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for label in data.labels.unique().tolist():
+    for label in sorted(set(data.labels.tolist())):
         rows = torch.nonzero(data.labels == label).flatten().tolist()
         order = [rows[index] for index in numpy_generator(SPLIT_SEED, "folder-split", label).permutation(len(rows))]
         num_test, num_validation = round(0.2 * len(rows)), round(0.1 * len(rows))
@@ -71,4 +71,5 @@ def _read_image(path: Path, image_size: int) -> torch.Tensor:
             f"Every image must be readable, but {str(path)!r} is not ({type(error).__name__}). Remove or repair it."
         ) from None
     pixels = TF.resize(TF.pil_to_tensor(picture), [image_size], antialias=True)
-    return TF.center_crop(pixels, [image_size, image_size])
+    square: torch.Tensor = TF.center_crop(pixels, [image_size, image_size])
+    return square

@@ -50,4 +50,5 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """
     if images.shape[-1] == size:
         return images
-    return TF.resize(images, [size, size], antialias=True)
+    resized: torch.Tensor = TF.resize(images, [size, size], antialias=True)
+    return resized

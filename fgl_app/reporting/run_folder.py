@@ -1,4 +1,4 @@
-"""The folder of one run: configuration, prompts, checkpoints, metrics and results, and how a second start resumes it."""
+"""The folder of one run: configuration, prompts, checkpoints, metrics and results; a second start resumes from it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ class RunFolder:
         try:
             earlier: dict[str, Any] = json.loads(file.read_text("utf-8"))["run_config"]
         except (ValueError, KeyError, TypeError):
-            raise RunFolderError(f"{str(file)!r} must be a run's configuration, but is damaged. Use another `run-name`.") from None
+            raise RunFolderError(
+                f"{str(file)!r} must be a run's configuration, but is damaged. Use another `run-name`."
+            ) from None
         for key, value in self._settings.flat().items():
             if key not in _FREE_KEYS and earlier.get(key) != value:
                 raise RunFolderError(
@@ -103,9 +105,11 @@ class RunFolder:
         """Return the metrics of the rounds that have both metrics and a checkpoint, from round 1 on without a gap."""
         rows = {row["round"]: row for row in read_json_lines(self._metrics)}
         saved = {
-            int(match[1]) for name in os.listdir(self._checkpoints) if (match := _CHECKPOINT.fullmatch(name)) is not None
+            int(match[1])
+            for name in os.listdir(self._checkpoints)
+            if (match := _CHECKPOINT.fullmatch(name)) is not None
         }
-        finished = []
+        finished: list[dict[str, Any]] = []
         while (number := len(finished) + 1) in rows and number in saved:
             finished.append(rows[number])
         return finished

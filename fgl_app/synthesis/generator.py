@@ -37,12 +37,12 @@ def load_pipeline(generator: str, revision: str, device: torch.device) -> Any:
     pinned = revision if revision and generator != "tiny" and not Path(source).is_dir() else None
     try:
         pipeline = AutoPipelineForText2Image.from_pretrained(
-            source, revision=pinned, torch_dtype=_DTYPES[device.type], use_safetensors=True
+            source, revision=pinned, dtype=_DTYPES[device.type], use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"`generator` must be a text-to-image pipeline that diffusers loads, but {generator!r} is not "
-            f"({type(error).__name__}: {error}). Use \"tiny\" or a folder or hub id with safetensors weights."
+            f'({type(error).__name__}: {error}). Use "tiny" or a folder or hub id with safetensors weights.'
         ) from None
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None
@@ -81,7 +81,9 @@ def draw(pipeline: Any, samples: Sequence[Sample], settings: DrawSettings, batch
             output_type="pt",
         ).images[: len(batch)]
         if not torch.isfinite(output).all():
-            raise SynthesisError("The generator must return finite images, but returned NaN. Use fp32 or other settings.")
+            raise SynthesisError(
+                "The generator must return finite images, but returned NaN. Use fp32 or other settings."
+            )
         parts.append(_to_uint8(output, settings.stored_size))
     return torch.cat(parts)
 

@@ -72,9 +72,7 @@ class Plan:
     def units(self) -> list[Unit]:
         """Divide the samples, in the order of label, prompt and index, into units of :data:`UNIT_SIZE`."""
         digest = self.settings.digest()
-        samples = [
-            _sample(digest, item, index) for item in sorted(self.budget) for index in range(item.num_images)
-        ]
+        samples = [_sample(digest, item, index) for item in sorted(self.budget) for index in range(item.num_images)]
         return [
             Unit(_unit_id(samples[start : start + UNIT_SIZE]), tuple(samples[start : start + UNIT_SIZE]))
             for start in range(0, len(samples), UNIT_SIZE)
@@ -100,7 +98,9 @@ class Plan:
                 value["batch_size"],
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SynthesisError(f"{str(path)!r} must be a synthesis plan, but is none ({type(error).__name__}).") from None
+            raise SynthesisError(
+                f"{str(path)!r} must be a synthesis plan, but is none ({type(error).__name__})."
+            ) from None
 
 
 def _sample(settings_digest: str, item: PromptBudget, index: int) -> Sample:

@@ -1,6 +1,6 @@
 """The synthesis worker, a process of its own: ``python -m fgl_app.synthesis.worker PLAN STORE``.
 
-It draws the units of the plan that the store lacks and ends. Started again after a crash, it draws only what is missing.
+It draws the units of the plan that the store lacks and ends. Started again after a crash, it draws what is missing.
 """
 
 from __future__ import annotations

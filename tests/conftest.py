@@ -1,0 +1,110 @@
+"""Fixtures: settings from the shipped defaults, and a grid that calls the real ClientApp through real serialization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fgl_app.config import RunConfigValue, Settings, default_run_config, parse_run_config
+
+SMALL = {
+    "image-size": 8,
+    "images-per-class": 2,
+    "num-inference-steps": 2,
+    "server-epochs": 1,
+    "server-finetune-epochs": 0,
+    "local-epochs": 1,
+    "num-clients": 3,
+    "num-server-rounds": 2,
+    "connect-timeout-s": 1,
+}
+"""Overrides that make a whole run take seconds."""
+
+
+class FakeGrid(Grid):
+    """Calls a ClientApp for each message, in a new order every time; every message is serialized and read back."""
+
+    def __init__(self, app: ClientApp, run_config: dict[str, RunConfigValue], num_clients: int) -> None:
+        self.app, self.run_config = app, run_config
+        self.node_configs = {
+            1000 + index: {"partition-id": index, "num-partitions": num_clients} for index in range(num_clients)
+        }
+        self.asked: list[str] = []
+        self.reverse = False
+        self.broken: set[int] = set()
+
+    def set_run(self, run: object) -> None:
+        raise AssertionError("a strategy does not set the run")
+
+    @property
+    def run(self) -> object:
+        raise AssertionError("a strategy does not read the run")
+
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        raise AssertionError("deprecated by Flower")
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.node_configs)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise AssertionError("strategies use send_and_receive")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise AssertionError("strategies use send_and_receive")
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        self.reverse = not self.reverse
+        ordered = sorted(messages, key=lambda m: m.metadata.dst_node_id, reverse=self.reverse)
+        return [self._call(message) for message in ordered]
+
+    def _call(self, message: Message) -> Message:
+        received = message_from_proto(message_to_proto(message))
+        node = received.metadata.dst_node_id
+        self.asked.append(received.metadata.message_type)
+        if node in self.broken:
+            return Message(Error(100, "a client's own words"), reply_to=received)
+        context = Context(1, node, self.node_configs[node], RecordDict(), self.run_config)
+        return message_from_proto(message_to_proto(self.app(received, context)))
+
+
+@pytest.fixture(autouse=True)
+def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside a runtime, Flower's messages need an identity of the process (private; flwr 1.41)."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture
+def run_config(tmp_path: Path) -> dict[str, RunConfigValue]:
+    return default_run_config() | SMALL | {"output-dir": str(tmp_path / "runs")}
+
+
+@pytest.fixture
+def settings(run_config: dict[str, RunConfigValue]) -> Settings:
+    return parse_run_config(run_config)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def make_grid(run_config: dict[str, RunConfigValue]) -> Callable[..., FakeGrid]:
+    from fgl_app.client_app import app
+
+    def make(**overrides: RunConfigValue) -> FakeGrid:
+        changed = run_config | {key.replace("_", "-"): value for key, value in overrides.items()}
+        return FakeGrid(app, changed, int(changed["num-clients"]))
+
+    return make
+
+

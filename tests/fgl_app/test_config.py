@@ -1,0 +1,80 @@
+import pytest
+
+from fgl_app.config import check_model_source, default_run_config, parse_run_config
+from fgl_app.errors import ConfigError
+from fgl_app.models import check_model_name
+
+FIXED_KEYS = """method run-name output-dir seed dataset partition dirichlet-beta num-server-rounds prompt-level
+images-per-class generator captioner model server-epochs local-epochs server-finetune-epochs""".split()
+
+
+def test_defaults_are_valid_and_hold_the_fixed_keys():
+    settings = parse_run_config(default_run_config())
+
+    assert set(FIXED_KEYS) <= set(settings.flat())
+    assert settings.flat() == default_run_config()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("dirichlet-beta", -1.0, "0.01"),
+        ("dirichlet-beta", 0, "0.01"),
+        ("seed", "one", "whole number"),
+        ("seed", True, "whole number"),
+        ("seed", -1, "at least 0"),
+        ("method", "fedsgd", "fgl, fedavg, centralized"),
+        ("partition", "sorted", "iid, dirichlet"),
+        ("num-server-rounds", 0, "at least 1"),
+        ("run-name", "../elsewhere", "digits-seed-1"),
+        ("run-name", "", "digits-seed-1"),
+        ("output-dir", "runs", "~/fgl-runs"),
+        ("device", "gpu", "cuda"),
+        ("class-prompt", "a photo", "{class}"),
+        ("instance-prompt", "{class}", "{caption}"),
+        ("class-names", "cat,dog", "empty"),
+        ("learning-rate", float("nan"), "0.01"),
+    ],
+)
+def test_a_bad_value_is_refused_by_key_with_advice(key, value, advice):
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config(default_run_config() | {key: value})
+
+    assert f"`{key}`" in str(caught.value)
+    assert advice in str(caught.value)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="`dirichlet-alpha`.*`dirichlet-beta`"):
+        parse_run_config(default_run_config() | {"dirichlet-alpha": 0.5})
+
+
+def test_a_missing_key_is_refused():
+    with pytest.raises(ConfigError, match="`seed` is missing"):
+        parse_run_config({key: value for key, value in default_run_config().items() if key != "seed"})
+
+
+def test_a_whole_number_is_a_number():
+    assert parse_run_config(default_run_config() | {"dirichlet-beta": 1}).data.dirichlet_beta == 1.0
+
+
+@pytest.mark.parametrize("names", ["", "cat", "cat,cat", "cat,,dog"])
+def test_a_folder_data_set_needs_class_names(names):
+    with pytest.raises(ConfigError, match="`class-names`"):
+        parse_run_config(default_run_config() | {"dataset": "folder", "class-names": names})
+
+
+@pytest.mark.parametrize("value", ["unknown", "/no/such/folder", "a/b/c", "../weights"])
+def test_a_generator_that_cannot_be_found_is_refused(value):
+    with pytest.raises(ConfigError, match='`generator`.*"tiny"|`generator`.*hub id'):
+        check_model_source("generator", value, "model_index.json")
+
+
+def test_a_folder_without_the_marker_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"model_index\.json"):
+        check_model_source("generator", str(tmp_path), "model_index.json")
+
+
+def test_an_unknown_classifier_is_refused_with_near_names():
+    with pytest.raises(ConfigError, match=r"`model`.*resnet18"):
+        check_model_name("resnet81")

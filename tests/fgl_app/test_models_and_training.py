@@ -1,0 +1,123 @@
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from torch import nn
+
+from fgl_app.data.images import ImageSet
+from fgl_app.errors import ModelError
+from fgl_app.models import build_model, from_arrays, to_arrays
+from fgl_app.training import augment, evaluate, train
+
+CPU = torch.device("cpu")
+
+
+def two_classes(per_class: int = 16) -> ImageSet:
+    """Dark and bright noise: separable by one threshold."""
+    generator = torch.Generator().manual_seed(0)
+    dark = torch.randint(0, 100, (per_class, 3, 8, 8), generator=generator)
+    bright = torch.randint(150, 250, (per_class, 3, 8, 8), generator=generator)
+    return ImageSet(torch.cat([dark, bright]).to(torch.uint8), torch.tensor([0] * per_class + [1] * per_class))
+
+
+def fit(model, data, seed=0, **changes):
+    options = {
+        "epochs": 3, "batch_size": 8, "learning_rate": 0.05, "weight_decay": 0.0, "augmentation": "crop", "device": CPU,
+    }  # fmt: skip
+    return train(model, data, generator=torch.Generator().manual_seed(seed), **(options | changes))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_a_small_image_keeps_its_resolution_in_the_stem(name):
+    model = build_model(name, 7, 16, seed=0).eval()
+
+    assert model.conv1.stride == (1, 1)
+    assert isinstance(model.maxpool, nn.Identity)
+    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
+
+
+def test_a_large_image_keeps_the_stem_of_the_paper():
+    assert build_model("resnet18", 7, 64, seed=0).conv1.kernel_size == (7, 7)
+
+
+def test_any_classifier_of_torchvision_is_built_by_name():
+    assert build_model("squeezenet1_1", 5, 64, seed=0).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+
+    first, same, other = (build_model("resnet18", 3, 8, seed).fc.weight for seed in (1, 1, 2))
+
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_weights_and_integer_buffers_survive_a_record():
+    model = build_model("resnet18", 3, 8, seed=0)
+    model.bn1.num_batches_tracked += 5
+
+    copy = from_arrays(build_model("resnet18", 3, 8, seed=1), to_arrays(model))
+
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), copy.state_dict().values(), strict=True))
+    assert copy.bn1.num_batches_tracked.dtype == torch.int64
+
+
+def test_arrays_of_another_model_are_refused():
+    with pytest.raises(ModelError, match="must fit the model"):
+        from_arrays(build_model("resnet18", 3, 8, seed=0), ArrayRecord({"weight": torch.zeros(1)}))
+
+
+def test_training_learns_and_is_repeatable():
+    data = two_classes()
+    model, again, other = (build_model("resnet18", 2, 8, seed=0) for _ in range(3))
+    before = evaluate(model, data, CPU)
+
+    loss = fit(model, data, epochs=6)
+
+    assert evaluate(model, data, CPU).accuracy > max(0.9, before.accuracy - 1e-9)
+    assert fit(again, data, epochs=6) == loss
+    assert fit(other, data, epochs=6, seed=1) != loss
+    assert torch.equal(model.fc.weight, again.fc.weight)
+
+
+def test_a_last_batch_of_one_image_trains():
+    data = two_classes(8).take([0, 1, 2, 3, 4, 5, 6, 7, 8])
+
+    assert fit(build_model("resnet18", 2, 8, seed=0), data) > 0
+
+
+def test_the_loss_is_the_mean_over_images():
+    model = build_model("resnet18", 2, 8, seed=0)
+    data = two_classes(3)
+    logits = model.eval()(data.images.float() / 127.5 - 1)
+
+    expected = nn.functional.cross_entropy(logits, data.labels).item()
+
+    assert evaluate(model, data, CPU).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_image_gets_a_crop_of_its_own(generator):
+    ramp = torch.linspace(-1, 1, 16).expand(3, 16, 16)
+    images = ramp.expand(8, 3, 16, 16)
+
+    cropped = augment(images, "crop", generator)
+
+    assert len({tuple(row.flatten().tolist()) for row in cropped}) == 8
+    # A crop of a ramp stays a ramp: never mirrored, never beyond the original's values.
+    assert (cropped.diff(dim=-1) >= -1e-6).all()
+    assert cropped.abs().max() <= 1 + 1e-6
+
+
+def test_about_half_of_the_images_are_flipped(generator):
+    images = torch.linspace(-1, 1, 16).expand(200, 3, 16, 16)
+
+    flipped = augment(images, "crop-flip", generator).diff(dim=-1).mean((1, 2, 3)) < 0
+
+    assert 70 < int(flipped.sum()) < 130
+
+
+def test_no_augmentation_changes_nothing(generator):
+    images = torch.rand(2, 3, 8, 8)
+
+    assert augment(images, "none", generator) is images

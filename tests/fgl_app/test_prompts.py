@@ -1,0 +1,52 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fgl_app.prompts import PromptBudget, PromptCount, class_prompts, instance_prompts, merge_prompts, spread_budget
+
+counts = st.builds(PromptCount, st.integers(0, 3), st.sampled_from("abcdefg"), st.integers(1, 50))
+
+
+def test_class_prompts_are_distinct_with_counts():
+    assert class_prompts([1, 0, 1], ["cat", "dog"], "A photo of a {class}") == [
+        PromptCount(0, "A photo of a cat", 1),
+        PromptCount(1, "A photo of a dog", 2),
+    ]
+
+
+def test_instance_prompts_join_label_and_caption():
+    prompts = instance_prompts([0, 0, 0], ["a tabby ", "asleep", "asleep"], ["cat"], "{class}, {caption}, high resolution")
+
+    assert prompts == [
+        PromptCount(0, "cat, a tabby, high resolution", 1),
+        PromptCount(0, "cat, asleep, high resolution", 2),
+    ]
+
+
+def test_a_placeholder_in_a_caption_stays_text():
+    assert instance_prompts([0], ["{class} {0}"], ["cat"], "{class}, {caption}")[0].prompt == "cat, {class} {0}"
+
+
+@given(st.lists(st.lists(counts, max_size=8), max_size=4), st.randoms())
+def test_merging_ignores_the_order_of_clients_and_keeps_every_count(clients, random):
+    shuffled = random.sample(clients, len(clients))
+
+    merged = merge_prompts(clients)
+
+    assert merged == merge_prompts(shuffled)
+    assert sum(item.count for item in merged) == sum(item.count for client in clients for item in client)
+    assert len({(item.label, item.prompt) for item in merged}) == len(merged)
+
+
+@given(st.lists(counts, min_size=1, max_size=20), st.integers(1, 40))
+def test_every_class_gets_exactly_its_images(prompts, images_per_class):
+    budget = spread_budget(merge_prompts([prompts]), images_per_class)
+
+    for label in {item.label for item in prompts}:
+        assert sum(item.num_images for item in budget if item.label == label) == images_per_class
+
+
+def test_images_are_spread_in_proportion_to_counts():
+    prompts = [PromptCount(0, "a", 3), PromptCount(0, "b", 1), PromptCount(0, "c", 1)]
+
+    # 10 x 3/5 = 6, 10 x 1/5 = 2 and 2.
+    assert spread_budget(prompts, 10) == [PromptBudget(0, "a", 6), PromptBudget(0, "b", 2), PromptBudget(0, "c", 2)]

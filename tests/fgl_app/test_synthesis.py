@@ -1,0 +1,170 @@
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fgl_app.config import APP_FOLDER
+from fgl_app.errors import ModelError, SynthesisError
+from fgl_app.prompts import PromptBudget
+from fgl_app.store import UnitStore
+from fgl_app.synthesis import generator
+from fgl_app.synthesis.launch import synthesize
+from fgl_app.synthesis.plan import UNIT_SIZE, DrawSettings, Plan
+from fgl_app.synthesis.worker import work
+
+SETTINGS = DrawSettings(
+    generator="tiny", generator_revision="", num_inference_steps=2, guidance_scale=2.0, negative_prompt="",
+    stored_size=256, seed=0,
+)  # fmt: skip
+
+
+def plan_of(*budget: PromptBudget, batch_size: int = 8, **changes: object) -> Plan:
+    return Plan(dataclasses.replace(SETTINGS, **changes), budget, "cpu", batch_size)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return generator.load_pipeline("tiny", "", torch.device("cpu"))
+
+
+def draw(pipeline, plan: Plan) -> dict[bytes, torch.Tensor]:
+    samples = [sample for unit in plan.units() for sample in unit.samples]
+    images = generator.draw(pipeline, samples, plan.settings, plan.batch_size)
+    return {sample.sample_id: image for sample, image in zip(samples, images, strict=True)}
+
+
+def test_a_plan_does_not_depend_on_the_order_of_prompts():
+    budget = [PromptBudget(label, f"prompt {label}", 30) for label in range(4)]
+    shuffled = random.Random(0).sample(budget, 4)
+
+    assert plan_of(*budget).units() == plan_of(*shuffled).units()
+
+
+def test_units_hold_every_sample_once():
+    units = plan_of(PromptBudget(0, "a", 70), PromptBudget(1, "b", 60)).units()
+
+    assert [len(unit.samples) for unit in units] == [UNIT_SIZE, UNIT_SIZE, 130 - 2 * UNIT_SIZE]
+    assert len({sample.sample_id for unit in units for sample in unit.samples}) == 130
+    assert len({sample.noise_seed for unit in units for sample in unit.samples}) == 130
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"guidance_scale": 1.0}, {"num_inference_steps": 3}, {"generator": "other"}]
+)
+def test_other_settings_give_other_identities(change):
+    budget = PromptBudget(0, "a", 1)
+
+    assert plan_of(budget).units()[0].unit_id != plan_of(budget, **change).units()[0].unit_id
+
+
+def test_a_plan_survives_its_file_which_only_the_owner_reads(tmp_path):
+    plan = plan_of(PromptBudget(0, "a", 3))
+
+    plan.save(tmp_path / "plan.json")
+
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert (tmp_path / "plan.json").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(SynthesisError, match="must be a synthesis plan"):
+        Plan.load(tmp_path / "absent.json")
+
+
+def test_no_image_depends_on_the_batch_size(pipeline):
+    budget = (PromptBudget(0, "a handwritten zero", 5), PromptBudget(1, "one", 6))
+    reference = draw(pipeline, plan_of(*budget, batch_size=11))
+
+    for batch_size in (1, 4, 16):
+        images = draw(pipeline, plan_of(*budget, batch_size=batch_size))
+        assert all(torch.equal(images[key], reference[key]) for key in reference), batch_size
+
+
+def test_an_image_of_a_larger_set_is_that_of_a_smaller_one(pipeline):
+    small = draw(pipeline, plan_of(PromptBudget(0, "zero", 3)))
+    large = draw(pipeline, plan_of(PromptBudget(0, "zero", 6), PromptBudget(1, "one", 3)))
+
+    assert all(torch.equal(large[key], small[key]) for key in small)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "seven handwritten a", "qwxyz 東京 🦩 unknown words", "seven " * 200, "SEVEN", "7"]
+)
+def test_the_shipped_generator_draws_any_prompt(pipeline, prompt):
+    images = draw(pipeline, plan_of(PromptBudget(0, prompt, 1)))
+
+    (image,) = images.values()
+    assert image.shape == (3, 32, 32)
+    assert image.float().std() > 5  # something was drawn
+
+
+def test_large_images_are_stored_smaller(pipeline):
+    (image,) = draw(pipeline, plan_of(PromptBudget(0, "zero", 1), stored_size=16)).values()
+
+    assert image.shape == (3, 16, 16)
+
+
+def test_a_folder_saved_by_diffusers_draws_the_same(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = generator.load_pipeline(str(tmp_path / "saved"), "", torch.device("cpu"))
+    plan = plan_of(PromptBudget(3, "three", 2))
+
+    for ours, theirs in zip(draw(pipeline, plan).values(), draw(again, plan).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="`generator`"):
+        generator.load_pipeline(str(tmp_path), "", torch.device("cpu"))
+
+
+def test_the_worker_draws_what_is_missing_and_nothing_else(tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", UNIT_SIZE), PromptBudget(1, "one", 5))
+    store = UnitStore(tmp_path)
+
+    assert work(plan, store) == UNIT_SIZE + 5
+    assert work(plan, store) == 0
+    (tmp_path / "units" / f"{plan.units()[1].unit_id}.json").unlink()
+    assert work(plan, store) == 5
+
+
+def test_the_worker_process_reports_progress_and_its_store_is_read_back(tmp_path):
+    lines: list[str] = []
+    plan = plan_of(PromptBudget(4, "four", 3), PromptBudget(7, "seven", 2))
+
+    images, report = synthesize(plan, tmp_path, lines.append)
+
+    assert images.labels.tolist() == [4, 4, 4, 7, 7]
+    assert (report.images, report.generated, report.reused) == (5, 5, 0)
+    assert any("5/5" in line and "image/s" in line for line in lines)
+    assert synthesize(plan, tmp_path, lines.append)[1].generated == 0
+
+
+def test_a_failing_worker_is_an_error_with_its_reason(tmp_path):
+    with pytest.raises(SynthesisError, match=r"code 1.*`generator`"):
+        synthesize(plan_of(PromptBudget(0, "zero", 1), generator=str(tmp_path / "absent")), tmp_path, print)
+
+
+@pytest.mark.e2e
+def test_a_worker_killed_in_the_middle_leaves_a_store_that_is_completed_to_the_same_bytes(tmp_path):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 40) for label in range(10)), num_inference_steps=8)
+    ids = [unit.unit_id for unit in plan.units()]
+    undisturbed = UnitStore(tmp_path / "undisturbed")
+    work(plan, undisturbed)
+    store = UnitStore(tmp_path / "killed")
+    plan.save(tmp_path / "plan.json")
+    command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(store.folder)]
+
+    process = subprocess.Popen(command, cwd=APP_FOLDER, stderr=subprocess.DEVNULL)
+    while sum(map(store.has, ids)) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    committed = sum(map(store.has, ids))
+
+    assert 0 < committed < len(ids)
+    assert work(plan, store) == 400 - committed * UNIT_SIZE
+    assert store.content_hash(ids) == undisturbed.content_hash(ids)
