@@ -39,3 +39,7 @@ def main() -> None:
     except FGLError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -106,5 +106,3 @@ def make_grid(run_config: dict[str, RunConfigValue]) -> Callable[..., FakeGrid]:
         return FakeGrid(app, changed, int(changed["num-clients"]))
 
     return make
-
-

@@ -14,7 +14,7 @@ from fgl_app.files import canonical_json, write_json
 from fgl_app.prompts import PromptBudget
 from fgl_app.rng import derive_seed
 
-UNIT_SIZE = 50
+UNIT_SIZE = 64
 """Images per unit: what a crash can cost at most."""
 
 
@@ -67,7 +67,7 @@ class Plan:
     budget: tuple[PromptBudget, ...]
     device: str
     batch_size: int
-    """Images drawn at a time; no image depends on it."""
+    """Images drawn at a time on a GPU; a CPU always draws ``generator.CPU_BATCH_SIZE``."""
 
     def units(self) -> list[Unit]:
         """Divide the samples, in the order of label, prompt and index, into units of :data:`UNIT_SIZE`."""

@@ -25,7 +25,12 @@ def test_the_split_is_disjoint_complete_and_never_changes():
     _, labels = digits.load()
     parts = digits.split_indices(labels)
 
-    assert {name: len(rows) for name, rows in parts.items()} == {"public": 599, "train": 838, "validation": 120, "test": 240}
+    assert {name: len(rows) for name, rows in parts.items()} == {
+        "public": 599,
+        "train": 838,
+        "validation": 120,
+        "test": 240,
+    }
     assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(1797))
     # The shipped models were trained on exactly this public third; another one would leak private images into them.
     digest = hashlib.sha256(parts["public"].astype("<i8").tobytes()).hexdigest()

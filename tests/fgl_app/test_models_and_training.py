@@ -21,7 +21,7 @@ def two_classes(per_class: int = 16) -> ImageSet:
 
 def fit(model, data, seed=0, **changes):
     options = {
-        "epochs": 3, "batch_size": 8, "learning_rate": 0.05, "weight_decay": 0.0, "augmentation": "crop", "device": CPU,
+        "epochs": 3, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.0, "augmentation": "crop", "device": CPU,
     }  # fmt: skip
     return train(model, data, generator=torch.Generator().manual_seed(seed), **(options | changes))
 
@@ -73,11 +73,11 @@ def test_training_learns_and_is_repeatable():
     model, again, other = (build_model("resnet18", 2, 8, seed=0) for _ in range(3))
     before = evaluate(model, data, CPU)
 
-    loss = fit(model, data, epochs=6)
+    loss = fit(model, data, epochs=12)
 
-    assert evaluate(model, data, CPU).accuracy > max(0.9, before.accuracy - 1e-9)
-    assert fit(again, data, epochs=6) == loss
-    assert fit(other, data, epochs=6, seed=1) != loss
+    assert evaluate(model, data, CPU).accuracy > max(0.9, before.accuracy)
+    assert fit(again, data, epochs=12) == loss
+    assert fit(other, data, epochs=12, seed=1) != loss
     assert torch.equal(model.fc.weight, again.fc.weight)
 
 

@@ -14,7 +14,9 @@ def test_class_prompts_are_distinct_with_counts():
 
 
 def test_instance_prompts_join_label_and_caption():
-    prompts = instance_prompts([0, 0, 0], ["a tabby ", "asleep", "asleep"], ["cat"], "{class}, {caption}, high resolution")
+    prompts = instance_prompts(
+        [0, 0, 0], ["a tabby ", "asleep", "asleep"], ["cat"], "{class}, {caption}, high resolution"
+    )
 
     assert prompts == [
         PromptCount(0, "cat, a tabby, high resolution", 1),

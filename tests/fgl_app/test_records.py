@@ -66,7 +66,9 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
 
 
 def test_ten_class_prompts_fit_the_papers_229_bytes():
-    prompts = class_prompts([label for label in range(10) for _ in range(80 + label)], CLASS_NAMES, "A photo of a {class}")
+    prompts = class_prompts(
+        [label for label in range(10) for _ in range(80 + label)], CLASS_NAMES, "A photo of a {class}"
+    )
     question = Message(RecordDict(), dst_node_id=1, message_type="query.prompts")
     reply = Message(prompts_reply(prompts, 845, 0), reply_to=question)
 

@@ -1,0 +1,182 @@
+"""Real `flwr run`s of the shipped models: real processes, real messages, real files."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fgl_app.config import APP_FOLDER
+from fgl_app.simulation import parse_overrides
+
+pytestmark = pytest.mark.e2e
+
+FAST = """seed=3 images-per-class=64 num-inference-steps=4 guidance-scale=1 server-epochs=4 local-epochs=1
+server-finetune-epochs=1 num-server-rounds=2 image-size=8""".split()
+
+
+def fgl(*arguments: str, cwd: Path, expect: int = 0) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["fgl", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=580, check=False
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output[-6000:]
+    return output
+
+
+def flower_processes() -> set[str]:
+    names = ("flower-superlink", "flower-superexec", "flwr-simulation", "raylet", "fgl_app.synthesis.worker")
+    running = set()
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        running |= {f"{process.pid} {name}" for name in names if name in line}
+    return running
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """One run of the whole method, and the processes that it left behind."""
+    folder = tmp_path_factory.mktemp("out")
+    before = flower_processes()
+    output = fgl("run", *FAST, f"output-dir={folder}", "run-name=a", "--clients", "3", cwd=folder)
+    return folder, output, flower_processes() - before
+
+
+def test_the_method_runs_from_prompts_to_results(first_run):
+    folder, output, left_behind = first_run
+    run = folder / "a"
+    found = results(run)
+
+    assert left_behind == set()
+    assert str(run) in output
+    assert "image/s" in output
+    assert [(row["round"], row["phase"]) for row in found["rounds"]] == [(1, "one-shot"), (2, "fedavg")]
+    assert found["rounds"][0]["accuracy"] > 0.3  # chance is 0.1; the server saw no client's image
+    assert found["final_accuracy"] == found["rounds"][-1]["accuracy"]
+    assert found["paper_metric"] == max(row["accuracy"] for row in found["rounds"])
+    assert found["synthesis"]["generated"] == found["synthesis"]["images"] == 640
+    assert 0 < found["upload_bytes"]["prompts_per_client"]["payload"] <= 229
+    assert found["upload_bytes"]["prompts_per_client"]["message"] > found["upload_bytes"]["prompts_per_client"]["payload"]
+    # ResNet-18 with a small stem and ten classes: 11.2 M parameters of four bytes.
+    assert 44e6 < found["upload_bytes"]["model_per_client_per_round"] < 46e6
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "round-0001.safetensors",
+        "round-0002.safetensors",
+    ]
+    assert (run / "prompts.jsonl").stat().st_mode & 0o777 == 0o600
+    prompts = [json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines()]
+    assert {tuple(row) for row in prompts} == {("label", "prompt", "count")}
+    assert sum(row["count"] for row in prompts) == 838
+    assert json.loads((run / "config.json").read_text())["run_config"]["seed"] == 3
+
+
+def test_a_second_start_reuses_everything_and_ends_alike(first_run):
+    folder, _, _ = first_run
+    before = results(folder / "a")
+
+    fgl("run", *FAST, f"output-dir={folder}", "run-name=a", "--clients", "3", cwd=folder)
+
+    after = results(folder / "a")
+    assert (after["synthesis"]["generated"], after["synthesis"]["reused"]) == (0, 640)
+    assert after["rounds"] == before["rounds"]
+    assert after["final_accuracy"] == before["final_accuracy"]
+    assert after["synthesis"]["content_hash"] == before["synthesis"]["content_hash"]
+
+
+def test_a_name_that_was_used_with_other_settings_is_refused(first_run):
+    folder, _, _ = first_run
+    overrides = [word for word in FAST if not word.startswith("seed")]
+
+    output = fgl("run", *overrides, f"output-dir={folder}", "run-name=a", "--clients", "3", cwd=folder, expect=1)
+
+    assert "`seed` was 3 and is 0 now" in output
+
+
+def test_all_clients_failing_ends_the_run_as_failed(tmp_path):
+    # No node-config of this simulation has a `data-path`.
+    output = fgl(
+        *("run", "dataset=folder", "class-names=cat,dog", f"output-dir={tmp_path}", "connect-timeout-s=60"),
+        *("--clients", "2"),
+        cwd=tmp_path,
+        expect=1,
+    )
+
+    assert "2 of 2 failed: The client has no usable images" in output
+    assert not (tmp_path / "digits" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("dirichlet-beta=0", "`dirichlet-beta` must be > 0"),
+        ("generator=unknown", "`generator` must be"),
+        ("generator=/no/such/folder", "`generator` must be a folder"),
+        ("sed=1", "Did you mean `seed`"),
+        ("seed=1.5", "`seed` must be a whole number"),
+    ],
+)
+def test_a_wrong_configuration_ends_at_once_with_one_sentence(tmp_path, override, named):
+    output = fgl("run", override, f"output-dir={tmp_path}", cwd=tmp_path, expect=1)
+
+    assert named in output
+    assert len(output.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fedavg_and_centralized_are_one_flag_away(tmp_path):
+    for method in ("fedavg", "centralized"):
+        fgl("run", *FAST, f"method={method}", f"run-name={method}", f"output-dir={tmp_path}", "--clients", "2", cwd=tmp_path)
+        found = results(tmp_path / method)
+        assert [(row["round"], row["phase"]) for row in found["rounds"]] == [(1, method), (2, method)]
+        assert found["synthesis"] is None
+
+
+def test_the_bundle_is_small_and_an_app_unpacked_from_it_runs(tmp_path):
+    binaries = Path(sys.executable).parent
+    subprocess.run([binaries / "flwr", "build", "--app", APP_FOLDER], cwd=tmp_path, check=True, capture_output=True)
+    (bundle,) = tmp_path.glob("*.fab")
+    with zipfile.ZipFile(bundle) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "app")
+
+    assert bundle.stat().st_size < 10 * 2**20
+    assert {"fgl_app/tiny/diffusion.json", "fgl_app/tiny/captioner.json"} <= set(names)
+    assert not [name for name in names if "test" in name]
+
+    # The unpacked app alone: its own code is found first, and its models are unpacked anew.
+    environment = os.environ | {
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(tmp_path / "app"),
+        "FGL_CACHE": str(tmp_path / "cache"),
+    }
+    command = [*"-m fgl_app.cli run prompt-level=instance".split(), *FAST, f"output-dir={tmp_path}", "run-name=bundle"]
+    done = subprocess.run(
+        [sys.executable, *command, "--clients", "2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
+    )
+
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert results(tmp_path / "bundle")["rounds"][0]["accuracy"] > 0.3
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_overrides_become_typed_values():
+    assert parse_overrides(["seed=3", "dirichlet-beta=0.5", "run-name=7"]) == {
+        "seed": 3,
+        "dirichlet-beta": 0.5,
+        "run-name": "7",
+    }

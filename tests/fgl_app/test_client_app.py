@@ -1,0 +1,53 @@
+import logging
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from fgl_app.client_app import app
+from fgl_app.models import to_arrays
+from fgl_app.phases import initial_arrays
+from fgl_app.records import decode_prompts, payload_of
+
+
+def ask(run_config, message_type, node_config, content=None):
+    message = Message(content or RecordDict(), dst_node_id=7, message_type=message_type)
+    return app(message, Context(1, 7, node_config, RecordDict(), run_config))
+
+
+def test_prompts_hold_classes_and_counts_only(run_config):
+    reply = ask(run_config, "query.prompts", {"partition-id": 0, "num-partitions": 3})
+
+    prompts = decode_prompts(payload_of(reply), num_classes=10)
+    assert {item.prompt.split()[-1] for item in prompts} <= set(
+        "zero one two three four five six seven eight nine".split()
+    )
+    assert set(reply.content) == {"prompts", "metrics", "client"}
+
+
+def test_training_returns_new_weights_and_the_number_of_images(run_config, settings):
+    sent = initial_arrays(settings)
+    content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
+
+    first, second = (ask(run_config, "train", {"partition-id": 1, "num-partitions": 3}, content) for _ in range(2))
+
+    name = "fc.weight"
+    assert first.content["metrics"]["num-examples"] >= 10
+    assert not torch.equal(first.content["arrays"].to_torch_state_dict()[name], sent.to_torch_state_dict()[name])
+    assert first.content["arrays"][name].data == second.content["arrays"][name].data
+
+
+def test_a_failure_reaches_the_server_as_a_code_without_private_names(run_config, tmp_path, caplog):
+    settings = run_config | {"dataset": "folder", "class-names": "cat,dog"}
+    with caplog.at_level(logging.ERROR, "flwr"):
+        reply = ask(settings, "query.prompts", {"data-path": str(tmp_path / "jane-doe")})
+
+    assert reply.error.code == 102
+    assert "jane-doe" not in reply.error.reason
+
+
+def test_a_wrong_model_is_answered_with_its_code(run_config):
+    content = RecordDict({"arrays": to_arrays(torch.nn.Linear(2, 2)), "config": ConfigRecord({"server-round": 1})})
+
+    reply = ask(run_config, "train", {"partition-id": 0, "num-partitions": 3}, content)
+
+    assert reply.error.code == 103

@@ -1,0 +1,204 @@
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, FedYogi, Strategy
+
+from fgl_app.data.images import ImageSet
+from fgl_app.errors import RoundError
+from fgl_app.phases import initial_arrays
+from fgl_app.prompts import PromptCount
+from strategies import FGL, CheckedRounds
+from strategies.rounds import restore_integers
+
+NOTHING = ImageSet(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+
+
+def fedavg(num_clients: int = 3) -> FedAvg:
+    return FedAvg(
+        fraction_evaluate=0.0, min_train_nodes=num_clients, min_evaluate_nodes=0, min_available_nodes=num_clients
+    )
+
+
+def identity_fgl(inner: Strategy | None = None, **changes: object) -> FGL:
+    options = {
+        "num_classes": 10,
+        "num_clients": 3,
+        "synthesize": lambda prompts: NOTHING,
+        "pretrain": lambda arrays, images: arrays,
+        "connect_timeout_s": 1,
+    }
+    return FGL(inner or fedavg(), **(options | changes))
+
+
+def same(first: ArrayRecord, second: ArrayRecord) -> bool:
+    return list(first) == list(second) and all(np.array_equal(first[k].numpy(), second[k].numpy()) for k in first)
+
+
+def test_with_an_identity_as_server_phase_it_is_its_inner_strategy(make_grid, settings):
+    start = initial_arrays(settings)
+
+    ours = identity_fgl().start(make_grid(), start, num_rounds=3).arrays
+    # Rounds 2 and 3 of FGL are FedAvg's rounds 2 and 3, whose number seeds the clients' order of images.
+    theirs = CheckedRounds(fedavg(), rounds_done=1).start(make_grid(), start, num_rounds=2).arrays
+
+    assert same(ours, theirs)
+
+
+def test_one_round_is_one_shot(make_grid, settings):
+    grid = make_grid()
+    marked = ArrayRecord({"weight": torch.ones(1)})
+    seen: list[int] = []
+
+    result = identity_fgl(pretrain=lambda arrays, images: marked).start(
+        grid, initial_arrays(settings), num_rounds=1, evaluate_fn=lambda number, arrays: seen.append(number)
+    )
+
+    assert same(result.arrays, marked)
+    assert grid.asked == ["query.prompts"] * 3
+    assert seen == [1]
+
+
+def test_rounds_are_counted_as_the_paper_does(make_grid, settings):
+    grid = make_grid()
+
+    result = identity_fgl().start(
+        grid,
+        initial_arrays(settings),
+        num_rounds=3,
+        evaluate_fn=lambda number, arrays: MetricRecord({"number": number}),
+    )
+
+    assert grid.asked == ["query.prompts"] * 3 + ["train"] * 6
+    assert list(result.train_metrics_clientapp) == [2, 3]
+    assert {number: record["number"] for number, record in result.evaluate_metrics_serverapp.items()} == {
+        1: 1,
+        2: 2,
+        3: 3,
+    }
+
+
+def test_clients_prompts_reach_the_synthesis_merged(make_grid, settings):
+    received: list[PromptCount] = []
+
+    strategy = identity_fgl(synthesize=lambda prompts: received.extend(prompts) or NOTHING)
+    strategy.start(make_grid(partition="iid"), initial_arrays(settings), num_rounds=1)
+
+    assert [item.label for item in received] == list(range(10))
+    assert received[7].prompt == "a photo of a handwritten seven"
+    assert sum(item.count for item in received) == 838  # every training image of every client, once
+    assert len(strategy.traffic.prompt_bytes) == 3
+
+
+def test_fine_tuning_follows_every_aggregation(make_grid, settings):
+    tuned: list[int] = []
+
+    def finetune(server_round: int, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:
+        tuned.append(server_round)
+        return ArrayRecord({name: torch.zeros_like(torch.from_numpy(a.numpy())) for name, a in arrays.items()})
+
+    result = identity_fgl(finetune=finetune).start(make_grid(), initial_arrays(settings), num_rounds=3)
+
+    assert tuned == [2, 3]
+    assert not result.arrays["fc.weight"].numpy().any()
+
+
+def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(make_grid, settings):
+    start = initial_arrays(settings)
+    whole = identity_fgl().start(make_grid(), start, num_rounds=3).arrays
+    half = identity_fgl().start(make_grid(), start, num_rounds=2).arrays
+    grid = make_grid()
+
+    resumed = identity_fgl(prompts=[PromptCount(0, "zero", 1)], rounds_done=2).start(grid, half, num_rounds=3).arrays
+
+    assert same(resumed, whole)
+    assert grid.asked == ["train"] * 3
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        FedAvg,
+        FedAvgM,
+        FedAdam,
+        FedYogi,
+        FedAdagrad,
+        FedMedian,
+        FedTrimmedAvg,
+    ],
+)
+def test_any_inner_strategy_trains_and_keeps_integer_buffers(make_grid, settings, inner):
+    strategy = identity_fgl(inner(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3))
+
+    arrays = strategy.start(make_grid(), initial_arrays(settings), num_rounds=2).arrays
+
+    assert arrays["bn1.num_batches_tracked"].dtype == "int64"
+    assert not same(arrays, initial_arrays(settings))
+
+
+def test_clients_evaluate_every_round_the_one_shot_model_included(make_grid, settings):
+    inner = FedAvg(min_train_nodes=3, min_evaluate_nodes=3, min_available_nodes=3)
+    strategy = identity_fgl(inner)
+
+    strategy.start(make_grid(), initial_arrays(settings), num_rounds=2)
+
+    assert list(strategy.client_metrics) == [1, 2]
+    assert 0 <= strategy.client_metrics[2]["accuracy"] <= 1
+
+
+def test_all_clients_failing_in_the_prompt_round_is_an_error_without_their_words(make_grid, settings):
+    grid = make_grid()
+    grid.broken = set(grid.node_configs)
+
+    with pytest.raises(RoundError, match=r"prompt round.*3 of 3 failed: The client failed") as caught:
+        identity_fgl().start(grid, initial_arrays(settings), num_rounds=2)
+
+    assert "own words" not in str(caught.value)
+
+
+def test_all_clients_failing_in_a_training_round_is_an_error(make_grid, settings):
+    grid = make_grid()
+    grid.broken = set(grid.node_configs)
+
+    with pytest.raises(RoundError, match=r"training round 1.*3 of 3 failed"):
+        CheckedRounds(fedavg()).start(grid, initial_arrays(settings), num_rounds=1)
+
+
+def test_a_client_failing_is_left_out(make_grid, settings):
+    grid = make_grid(partition="iid")
+    grid.broken = {1001}
+    received: list[PromptCount] = []
+
+    strategy = identity_fgl(synthesize=lambda prompts: received.extend(prompts) or NOTHING)
+    strategy.start(grid, initial_arrays(settings), num_rounds=2)
+
+    assert 0 < sum(item.count for item in received) < 838
+    assert len(strategy.traffic.model_bytes) == 2
+
+
+def test_too_few_clients_is_an_error(make_grid, settings):
+    with pytest.raises(RoundError, match="`num-clients` is 4, but after 1 s only 3"):
+        identity_fgl(num_clients=4).start(make_grid(), initial_arrays(settings), num_rounds=1)
+
+
+def test_a_silent_exchange_is_an_error(make_grid, settings):
+    class Silent(type(make_grid())):  # type: ignore[misc]
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            return []
+
+    grid = make_grid()
+    grid.__class__ = Silent
+
+    with pytest.raises(RoundError, match="no client replied in time"):
+        identity_fgl().start(grid, initial_arrays(settings), num_rounds=1)
+
+
+def test_integer_buffers_are_rounded_back():
+    averaged = ArrayRecord({"count": Array(np.array(6.9999)), "weight": Array(np.array([1.5]))})
+
+    restored = restore_integers(averaged, {"count": "int64", "weight": "float32"})
+
+    assert (restored["count"].numpy().item(), restored["count"].dtype) == (7, "int64")
+    assert (restored["weight"].numpy().item(), restored["weight"].dtype) == (1.5, "float32")
