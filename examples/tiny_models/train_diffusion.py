@@ -124,7 +124,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--autoencoder-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument(
+        "--schedule-steps",
+        type=int,
+        default=9000,
+        help="length of the learning rate's cosine; the shipped model is the weights' average halfway along it",
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--snapshot-every", type=int, default=1500)
@@ -161,7 +167,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1.5e-3, weight_decay=1e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: min(1.0, (s + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps)))),
+        lambda s: (
+            min(1.0, (s + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.schedule_steps))))
+        ),
     )
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,

@@ -15,6 +15,9 @@ from fgl_app.data.images import HeldOut, ImageSet, resize
 from fgl_app.data.partition import partition_indices
 from fgl_app.errors import DataError
 
+SHOWN_SIZE_PX = 32
+"""Side at which the digits are shown to people and models, px."""
+
 
 @dataclass(frozen=True)
 class ClientData:
@@ -77,5 +80,6 @@ def digits_split(settings: DataSettings, part: str) -> ImageSet:
     """Load ``public``, ``train``, ``validation`` or ``test`` of the digits at the run's image size."""
     images, labels = digits.load()
     rows = digits.split_indices(labels)[part]
-    colour = torch.from_numpy(images[rows])[:, None].expand(-1, 3, -1, -1)
-    return ImageSet(resize(colour.contiguous(), settings.image_size), torch.from_numpy(labels[rows]))
+    # A scan of 8 x 8 is first shown at 32 x 32, as synthetic images are, so that both come to the classifier alike.
+    shown = resize(torch.from_numpy(images[rows])[:, None].expand(-1, 3, -1, -1).contiguous(), SHOWN_SIZE_PX)
+    return ImageSet(resize(shown, settings.image_size), torch.from_numpy(labels[rows]))

@@ -58,8 +58,8 @@ def draw(pipeline: Any, samples: Sequence[Sample], settings: DrawSettings, batch
     """Draw one image per sample.
 
     Each sample has its own CPU generator, seeded by the sample's identity, so that its noise does not depend on the
-    batch; the last batch is padded, so that every image is computed at one static shape. On a CPU that shape is fixed and
-    images are equal to the last bit; on a GPU they are at equal ``batch_size``.
+    batch; the last batch is padded, so that every image is computed at one static shape. On a CPU that shape is fixed
+    and images are equal to the last bit; on a GPU they are at equal ``batch_size``.
 
     Args:
         pipeline: What :func:`load_pipeline` returned.

@@ -15,8 +15,10 @@ from fgl_app.simulation import parse_overrides
 
 pytestmark = pytest.mark.e2e
 
-FAST = """seed=3 images-per-class=64 num-inference-steps=4 guidance-scale=1 server-epochs=4 local-epochs=1
-server-finetune-epochs=1 num-server-rounds=2 image-size=8""".split()
+FAST = (
+    *("seed=3", "images-per-class=64", "num-inference-steps=10", "server-epochs=4", "local-epochs=1"),
+    *("server-finetune-epochs=1", "num-server-rounds=2", "image-size=8"),
+)
 
 
 def fgl(*arguments: str, cwd: Path, expect: int = 0) -> str:
@@ -64,8 +66,9 @@ def test_the_method_runs_from_prompts_to_results(first_run):
     assert found["final_accuracy"] == found["rounds"][-1]["accuracy"]
     assert found["paper_metric"] == max(row["accuracy"] for row in found["rounds"])
     assert found["synthesis"]["generated"] == found["synthesis"]["images"] == 640
-    assert 0 < found["upload_bytes"]["prompts_per_client"]["payload"] <= 229
-    assert found["upload_bytes"]["prompts_per_client"]["message"] > found["upload_bytes"]["prompts_per_client"]["payload"]
+    prompt_bytes = found["upload_bytes"]["prompts_per_client"]
+    assert 0 < prompt_bytes["payload"] <= 229
+    assert prompt_bytes["message"] > prompt_bytes["payload"]
     # ResNet-18 with a small stem and ten classes: 11.2 M parameters of four bytes.
     assert 44e6 < found["upload_bytes"]["model_per_client_per_round"] < 46e6
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
@@ -134,7 +137,8 @@ def test_a_wrong_configuration_ends_at_once_with_one_sentence(tmp_path, override
 
 def test_fedavg_and_centralized_are_one_flag_away(tmp_path):
     for method in ("fedavg", "centralized"):
-        fgl("run", *FAST, f"method={method}", f"run-name={method}", f"output-dir={tmp_path}", "--clients", "2", cwd=tmp_path)
+        names = (f"method={method}", f"run-name={method}", f"output-dir={tmp_path}")
+        fgl("run", *FAST, *names, "--clients", "2", cwd=tmp_path)
         found = results(tmp_path / method)
         assert [(row["round"], row["phase"]) for row in found["rounds"]] == [(1, method), (2, method)]
         assert found["synthesis"] is None
@@ -158,7 +162,7 @@ def test_the_bundle_is_small_and_an_app_unpacked_from_it_runs(tmp_path):
         "PYTHONPATH": str(tmp_path / "app"),
         "FGL_CACHE": str(tmp_path / "cache"),
     }
-    command = [*"-m fgl_app.cli run prompt-level=instance".split(), *FAST, f"output-dir={tmp_path}", "run-name=bundle"]
+    command = ["-m", "fgl_app.cli", "run", *FAST, "prompt-level=instance", f"output-dir={tmp_path}", "run-name=bundle"]
     done = subprocess.run(
         [sys.executable, *command, "--clients", "2"],
         cwd=tmp_path,

@@ -4,6 +4,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fgl_app.client_app import app
+from fgl_app.data.digits import CLASS_NAMES
 from fgl_app.models import to_arrays
 from fgl_app.phases import initial_arrays
 from fgl_app.records import decode_prompts, payload_of
@@ -18,9 +19,7 @@ def test_prompts_hold_classes_and_counts_only(run_config):
     reply = ask(run_config, "query.prompts", {"partition-id": 0, "num-partitions": 3})
 
     prompts = decode_prompts(payload_of(reply), num_classes=10)
-    assert {item.prompt.split()[-1] for item in prompts} <= set(
-        "zero one two three four five six seven eight nine".split()
-    )
+    assert {item.prompt.split()[-1] for item in prompts} <= set(CLASS_NAMES)
     assert set(reply.content) == {"prompts", "metrics", "client"}
 
 
