@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -34,6 +35,8 @@ def run_command(
 
 def main() -> None:
     """Run the command line; errors of this application are one sentence on stderr and code 1."""
+    # A terminated run stops its SuperLink and everything below it, as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         cli()
     except FGLError as error:

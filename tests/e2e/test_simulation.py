@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from fgl_app.config import APP_FOLDER
 from fgl_app.simulation import parse_overrides
@@ -184,3 +185,14 @@ def test_overrides_become_typed_values():
         "dirichlet-beta": 0.5,
         "run-name": "7",
     }
+
+
+def test_the_contact_sheet_of_a_run_is_drawn(first_run, tmp_path):
+    folder, _, _ = first_run
+    script = APP_FOLDER / "examples" / "digits" / "contact_sheet.py"
+
+    subprocess.run([sys.executable, script, folder / "a", tmp_path / "sheet.png"], check=True, capture_output=True)
+
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert picture.width > 600
+        assert len(set(picture.convert("L").tobytes())) > 100
