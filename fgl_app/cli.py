@@ -36,7 +36,8 @@ def run_command(
 def main() -> None:
     """Run the command line; errors of this application are one sentence on stderr and code 1."""
     # A terminated run stops its SuperLink and everything below it, as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         cli()
     except FGLError as error:

@@ -18,7 +18,16 @@ from fgl_app.config import Settings, parse_run_config
 from fgl_app.data.sources import ClientData, class_names_of, load_client_data
 from fgl_app.errors import DataError, FGLError
 from fgl_app.models import build_model, from_arrays, to_arrays
-from fgl_app.records import ARRAYS, CLIENT, CONFIG, METRICS, NUM_EXAMPLES, client_record, prompts_reply
+from fgl_app.records import (
+    ARRAYS,
+    CLIENT,
+    CONFIG,
+    METRICS,
+    NUM_EXAMPLES,
+    client_record,
+    evaluation_metrics,
+    prompts_reply,
+)
 from fgl_app.rng import torch_generator
 from fgl_app.training import pick_device
 
@@ -91,14 +100,7 @@ def evaluate(message: Message, settings: Settings, data: ClientData, context: Co
     validation, test = evaluate_held_out(model, data.held_out, pick_device(settings.run.device))
     return RecordDict(
         {
-            METRICS: MetricRecord(
-                {
-                    NUM_EXAMPLES: test.num_examples,
-                    "accuracy": test.accuracy,
-                    "loss": test.loss,
-                    "validation_accuracy": validation.accuracy,
-                }
-            ),
+            METRICS: evaluation_metrics(validation, test),
             CLIENT: client_record(data.partition_id),
         }
     )

@@ -175,7 +175,13 @@ _POSITIVE = {
 
 def default_run_config() -> dict[str, RunConfigValue]:
     """Read the defaults from the application's ``pyproject.toml``."""
-    project = tomllib.loads((APP_FOLDER / "pyproject.toml").read_text("utf-8"))
+    try:
+        project = tomllib.loads((APP_FOLDER / "pyproject.toml").read_text("utf-8"))
+    except OSError:
+        raise ConfigError(
+            f"The application must lie beside its pyproject.toml, but {str(APP_FOLDER)!r} holds none. Install it from "
+            "its repository with `pip install --editable .`."
+        ) from None
     defaults: dict[str, RunConfigValue] = project["tool"]["flwr"]["app"]["config"]
     return defaults
 
@@ -241,6 +247,9 @@ def _check_ranges(settings: Settings) -> None:
             f"`output-dir` must be an absolute path, because Flower starts the server in a folder of its own, but is "
             f"{settings.run.output_dir!r}. Use for example ~/fgl-runs."
         )
+    for key, value in flat.items():
+        if isinstance(value, str) and ('"' in value or not value.isprintable()):
+            raise ConfigError(f"`{key}` must be printable text without double quotes, but is {value!r}.")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.run.device):
         raise ConfigError(f"`device` must be auto, cpu, cuda or cuda:N, but is {settings.run.device!r}.")
     for key, marks in (("class-prompt", ("{class}",)), ("instance-prompt", ("{class}", "{caption}"))):
@@ -273,12 +282,13 @@ def class_name_list(names: str) -> list[str]:
     return [name.strip() for name in names.split(",")]
 
 
-def check_model_source(key: str, value: str, marker: str) -> None:
+def check_model_source(key: str, value: str, revision: str, marker: str) -> None:
     """Check, before anything is computed, that a foundation model can be found.
 
     Args:
         key: ``generator`` or ``captioner``.
         value: ``tiny``, a folder, or a hub id.
+        revision: Git revision of a hub id; empty for the newest.
         marker: File that every such model has: ``model_index.json`` or ``config.json``.
 
     Raises:
@@ -304,9 +314,9 @@ def check_model_source(key: str, value: str, marker: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        hf_hub_download(value, marker)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        hf_hub_download(value, marker, revision=revision or None)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ConfigError(
             f"`{key}` must be a model that the hub or its local cache has, but {value!r} cannot be had "
-            f'({type(error).__name__}). Use "tiny" or check the name, the network and the token.'
+            f'({type(error).__name__}). Use "tiny" or check the name, the revision, the network and the token.'
         ) from None

@@ -34,7 +34,7 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     """Write ``value`` as indented JSON, atomically, keys in the order given."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), mode)
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(), mode)
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]], mode: int = 0o644) -> None:

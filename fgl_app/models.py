@@ -29,6 +29,23 @@ def check_model_name(name: str) -> None:
         raise ConfigError(f"`model` must be a classifier of torchvision, but is {name!r}. Use {' or '.join(near)}.")
 
 
+def check_model(name: str, num_classes: int, image_size: int) -> None:
+    """Check that torchvision has the classifier and that it trains on images of this size.
+
+    Raises:
+        ConfigError: If it has none, or the images are too small for it.
+    """
+    model = build_model(name, num_classes, image_size, seed=0).train()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(2, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError):
+        raise ConfigError(
+            f"`model` {name} must take images of `image-size` {image_size} px, but cannot. Use resnet18, or the "
+            "size that the model was made for, e.g. 224."
+        ) from None
+
+
 def build_model(name: str, num_classes: int, image_size: int, seed: int) -> nn.Module:
     """Build a classifier with random weights; the same seed gives the same weights.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import INFO
+from pathlib import Path
 
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
@@ -21,7 +22,7 @@ from fgl_app.prompts import PromptCount, spread_budget
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.rng import torch_generator
 from fgl_app.synthesis.launch import SynthesisReport, synthesize
-from fgl_app.synthesis.plan import DrawSettings, Plan
+from fgl_app.synthesis.plan import CPU_BATCH_SIZE, DrawSettings, Plan
 from fgl_app.training import Evaluation, evaluate, pick_device, train
 
 SERVER_WEIGHT_DECAY = 2e-4
@@ -49,10 +50,23 @@ def initial_arrays(settings: Settings) -> ArrayRecord:
     return to_arrays(_model(settings))
 
 
+def resolve(settings: Settings) -> dict[str, str]:
+    """Say what the settings come to on this machine, for ``config.json``."""
+    shipped = tiny.folder_of(tiny.DIFFUSION).name, tiny.folder_of(tiny.CAPTIONER).name
+    return {
+        "output_dir": str(Path(settings.run.output_dir).expanduser()),
+        "device": str(pick_device(settings.run.device)),
+        "class_names": ",".join(class_names_of(settings.data)),
+        "generator": shipped[0] if settings.synthesis.generator == "tiny" else settings.synthesis.generator,
+        "captioner": shipped[1] if settings.prompts.captioner == "tiny" else settings.prompts.captioner,
+    }
+
+
 def draw_plan(settings: Settings, prompts: Sequence[PromptCount]) -> Plan:
     """Decide what the worker shall draw for the merged prompts."""
     chosen = settings.synthesis
     shipped = chosen.generator == "tiny"
+    device = pick_device(settings.run.device)
     return Plan(
         DrawSettings(
             generator=chosen.generator,
@@ -64,8 +78,8 @@ def draw_plan(settings: Settings, prompts: Sequence[PromptCount]) -> Plan:
             seed=settings.run.seed,
         ),
         tuple(spread_budget(prompts, chosen.images_per_class)),
-        settings.run.device,
-        chosen.synthesis_batch_size,
+        str(device),
+        CPU_BATCH_SIZE if device.type == "cpu" else chosen.synthesis_batch_size,
     )
 
 

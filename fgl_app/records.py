@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 import zlib
 from collections.abc import Sequence
+from typing import cast
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
 
 from fgl_app.errors import PromptError
-from fgl_app.prompts import PromptCount
+from fgl_app.prompts import MAX_PROMPT_CHARS, PromptCount, is_printable
+from fgl_app.training import Evaluation
 
 PROMPTS_MESSAGE = "query.prompts"
 ARRAYS, CONFIG, METRICS, PROMPTS, CLIENT = "arrays", "config", "metrics", "prompts", "client"
@@ -20,8 +21,7 @@ PARTITION_ID = "partition-id"
 PAYLOAD = "payload"
 
 MAX_PROMPTS = 1_000_000
-MAX_PROMPT_CHARS = 1_000
-MAX_PAYLOAD_BYTES = 256 * 2**20
+MAX_PAYLOAD_BYTES = 32 * 2**20
 """Largest decompressed payload of one client."""
 
 
@@ -69,8 +69,7 @@ def _checked_row(row: object, num_classes: int) -> PromptCount:
         raise PromptError("A prompt's count must be 1 to 1,000,000,000.")
     if not 1 <= len(prompt) <= MAX_PROMPT_CHARS:
         raise PromptError(f"A prompt must have 1 to {MAX_PROMPT_CHARS} characters, but one has {len(prompt)}.")
-    # Cc: control, Cf: direction changes and the like, Cs: lone surrogates, Co and Cn: nothing a caption holds.
-    if any(unicodedata.category(character)[0] == "C" for character in prompt):
+    if not all(map(is_printable, prompt)):
         raise PromptError("A prompt must hold printable characters only.")
     return PromptCount(label, prompt, count)
 
@@ -109,6 +108,42 @@ def reply_order(message: Message) -> tuple[int, int]:
     record = message.content.get(CLIENT) if message.has_content() else None
     partition_id = record.get(PARTITION_ID) if isinstance(record, ConfigRecord) else None
     return (partition_id if isinstance(partition_id, int) else 2**62, message.metadata.src_node_id)
+
+
+def evaluation_metrics(validation: Evaluation, test: Evaluation) -> MetricRecord:
+    """Build a client's answer to ``evaluate``: sums over its images, which the server divides."""
+    return MetricRecord(
+        {
+            NUM_EXAMPLES: test.num_examples,
+            "loss": test.loss,
+            "accuracy": test.accuracy,
+            "num-validation": validation.num_examples,
+            "validation_accuracy": validation.accuracy,
+        }
+    )
+
+
+def mean_evaluation(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Average the clients' evaluations, each measure over the images that it was taken on.
+
+    Args:
+        contents: Replies as :func:`evaluation_metrics` makes them.
+        weighted_by_key: Key of the number of test images; Flower passes it.
+    """
+    records = [next(iter(content.metric_records.values())) for content in contents]
+
+    def mean(key: str, weight_key: str) -> float:
+        pairs = [(cast(float, record[key]), cast(int, record[weight_key])) for record in records]
+        total = sum(weight for _, weight in pairs)
+        return sum(value * weight for value, weight in pairs) / total if total else 0.0
+
+    return MetricRecord(
+        {
+            "loss": mean("loss", weighted_by_key),
+            "accuracy": mean("accuracy", weighted_by_key),
+            "validation_accuracy": mean("validation_accuracy", "num-validation"),
+        }
+    )
 
 
 def serialized_bytes(message: Message) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +17,18 @@ from flwr.serverapp.strategy import FedAvg
 from fgl_app.config import Settings, check_model_source, parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import class_names_of, digits_split, load_held_out
-from fgl_app.errors import FGLError
-from fgl_app.models import check_model_name
-from fgl_app.phases import Stopwatch, draw_plan, draw_synthetic_set, evaluator, initial_arrays, train_on_server
+from fgl_app.errors import FGLError, RoundError
+from fgl_app.models import check_model
+from fgl_app.phases import Stopwatch, draw_plan, draw_synthetic_set, evaluator, initial_arrays, resolve, train_on_server
 from fgl_app.prompts import PromptCount
+from fgl_app.records import mean_evaluation
 from fgl_app.reporting.results import summarize
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.store import UnitStore
 from fgl_app.synthesis.launch import SynthesisReport
+from fgl_app.training import check_device
 from strategies import FGL, CheckedRounds
-from strategies.rounds import Traffic, wait_for_clients
+from strategies.rounds import Traffic
 
 app = ServerApp()
 
@@ -44,19 +47,23 @@ def check_settings(settings: Settings) -> Settings:
     """Check what the settings name outside themselves, before anything is computed.
 
     Raises:
-        ConfigError: If the classifier, the generator or the captioner cannot be found.
+        ConfigError: If the device is absent, the classifier is unknown or cannot take the images, or the generator or
+            a captioner of the hub cannot be found.
     """
-    check_model_name(settings.training.model)
+    check_device(settings.run.device)
+    check_model(settings.training.model, len(class_names_of(settings.data)), settings.data.image_size)
+    prompts, synthesis = settings.prompts, settings.synthesis
     if settings.run.method == "fgl":
-        check_model_source("generator", settings.synthesis.generator, "model_index.json")
-        if settings.prompts.prompt_level == "instance":
-            check_model_source("captioner", settings.prompts.captioner, "config.json")
+        check_model_source("generator", synthesis.generator, synthesis.generator_revision, "model_index.json")
+        # A folder with a captioner lies on the clients, which check it themselves.
+        if prompts.prompt_level == "instance" and not prompts.captioner.startswith(("/", "~")):
+            check_model_source("captioner", prompts.captioner, prompts.captioner_revision, "config.json")
     return settings
 
 
 def run(grid: Grid, settings: Settings) -> None:
     """Run one method from its settings to ``results.json``."""
-    folder = RunFolder(settings)
+    folder = RunFolder(settings, resolve(settings))
     log(INFO, "run folder: %s", folder.path)
     session = Session(settings, folder)
     if settings.run.method == "centralized":
@@ -93,14 +100,9 @@ class Session:
         evaluate = evaluator(self.settings, load_held_out(self.settings.data))
         arrays = self._first_arrays()
         for number in range(len(self.rounds) + 1, self.settings.run.num_server_rounds + 1):
-            with self.stopwatch.measure("rounds"):
-                arrays = train_on_server(
-                    self.settings,
-                    arrays,
-                    data,
-                    epochs=self.settings.training.local_epochs,
-                    scope=("centralized", number),
-                )
+            arrays = train_on_server(
+                self.settings, arrays, data, epochs=self.settings.training.local_epochs, scope=("centralized", number)
+            )
             validation, test = evaluate(arrays)
             self._finish_round(
                 number, "centralized", arrays, test.accuracy, test.loss, validation.accuracy, model_upload_bytes=0
@@ -109,6 +111,7 @@ class Session:
     def train_federated(self, grid: Grid) -> None:
         """Run FedAvg rounds, for method ``fgl`` after the prompt round and the server's phase."""
         run_settings = self.settings.run
+        fgl = run_settings.method == "fgl"
         done = len(self.rounds)
         central = self.settings.data.dataset == "digits"
         inner = FedAvg(
@@ -116,19 +119,19 @@ class Session:
             min_train_nodes=run_settings.num_clients,
             min_evaluate_nodes=0 if central else run_settings.num_clients,
             min_available_nodes=run_settings.num_clients,
+            evaluate_metrics_aggr_fn=mean_evaluation,
         )
-        strategy = self._fgl(inner, done) if run_settings.method == "fgl" else CheckedRounds(inner, rounds_done=done)
-        if run_settings.method == "fedavg" and done < run_settings.num_server_rounds:
-            wait_for_clients(grid, run_settings.num_clients, run_settings.connect_timeout_s, time.sleep)
-        remaining = run_settings.num_server_rounds - (done if run_settings.method == "fedavg" else 0)
+        strategy = self._fgl(inner, done) if fgl else self._checked(inner, done)
+        # FGL counts its own rounds from 1; the loop of plain rounds counts from the first one that is left.
+        offset = 0 if fgl else done
         self._round_started = time.monotonic()
         with self.stopwatch.measure("total"):
             strategy.start(
                 grid=grid,
                 initial_arrays=self._first_arrays(),
-                num_rounds=remaining,
+                num_rounds=run_settings.num_server_rounds - offset,
                 timeout=run_settings.round_timeout_s,
-                evaluate_fn=self._evaluate_fn(strategy, offset=done if run_settings.method == "fedavg" else 0),
+                evaluate_fn=self._evaluate_fn(strategy, offset),
             )
 
     def results(self) -> dict[str, Any]:
@@ -144,6 +147,14 @@ class Session:
 
     def _first_arrays(self) -> ArrayRecord:
         return self.folder.load_arrays(len(self.rounds)) if self.rounds else initial_arrays(self.settings)
+
+    def _checked(self, inner: FedAvg, done: int) -> CheckedRounds:
+        return CheckedRounds(
+            inner,
+            num_clients=self.settings.run.num_clients,
+            connect_timeout_s=self.settings.run.connect_timeout_s,
+            rounds_done=done,
+        )
 
     def _fgl(self, inner: FedAvg, done: int) -> FGL:
         earlier = self.folder.load_prompts()
@@ -170,6 +181,8 @@ class Session:
         self.prompts_upload = {
             "payload": max(traffic.prompt_payload_bytes),
             "message": max(traffic.prompt_bytes),
+            "clients_asked": traffic.num_asked_for_prompts,
+            "clients_used": len(traffic.prompt_bytes),
         }
         self.folder.save_prompts(merged, self.prompts_upload)
 
@@ -234,7 +247,13 @@ class Session:
         *,
         model_upload_bytes: int,
     ) -> None:
+        if not math.isfinite(loss):
+            raise RoundError(
+                f"The loss after round {number} must be finite, but is {loss}. Use a smaller `learning-rate` or "
+                "`server-learning-rate`."
+            )
         now = time.monotonic()
+        self.stopwatch.seconds["rounds"] = self.stopwatch.seconds.get("rounds", 0.0) + now - self._round_started
         row = {
             "round": number,
             "phase": phase,

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from fgl_app.config import APP_FOLDER, RunConfigValue, default_run_config, parse_run_config
+from fgl_app.config import APP_FOLDER, RunConfigValue, check_model_source, default_run_config, parse_run_config
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.server_app import check_settings
 
@@ -46,13 +47,21 @@ def simulate(overrides: Sequence[str], *, num_clients: int, client_cpus: int, cl
         ConfigError: If the configuration is wrong; nothing is started then.
         RunFailedError: If the run did not complete.
     """
-    chosen = parse_overrides(overrides) | {"num-clients": num_clients}
-    check_settings(parse_run_config(default_run_config() | chosen))
+    chosen = parse_overrides(overrides)
+    if "num-clients" in chosen:
+        raise ConfigError("`num-clients` must be given as --clients here, which starts as many, but is a setting.")
+    chosen["num-clients"] = num_clients
+    settings = check_settings(parse_run_config(default_run_config() | chosen))
+    if settings.prompts.prompt_level == "instance":  # the clients are on this machine
+        check_model_source("captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json")
     run_config = " ".join(f"{key}={_toml(value)}" for key, value in chosen.items())
     federation = (
         f"num-supernodes={num_clients} client-resources-num-cpus={client_cpus} client-resources-num-gpus={client_gpus}"
     )
-    with tempfile.TemporaryDirectory(prefix="fgl-flower-") as home, _superlink(Path(home)) as environment:
+    with (
+        tempfile.TemporaryDirectory(prefix="fgl-flower-", ignore_cleanup_errors=True) as home,
+        _superlink(Path(home)) as environment,
+    ):
         command = ["flwr", "run", str(APP_FOLDER), "fgl", "--stream"]
         command += ["--run-config", run_config, "--federation-config", federation]
         code, run_id = _stream(command, environment)
@@ -91,7 +100,7 @@ def _value(text: str) -> RunConfigValue:
 
 def _toml(value: RunConfigValue) -> str:
     # JSON's strings, numbers and booleans are TOML's, too.
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 @contextlib.contextmanager
@@ -120,7 +129,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
             _wait_until_healthy(process, port, log_path)
             yield environment
         finally:
-            _stop_session(process)
+            _stop(process, home)
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
@@ -173,18 +182,41 @@ def _status(run_id: str, environment: dict[str, str]) -> str:
     return status
 
 
-def _stop_session(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and every process of its session, such as Ray's and the synthesis worker's."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        members = psutil.Process(process.pid).children(recursive=True)  # before the parents are gone
+def _stop(process: subprocess.Popen[bytes], home: Path) -> None:
+    """End the SuperLink and everything that it started, such as Ray's processes and the synthesis worker.
+
+    They are known by the ``FLWR_HOME`` in their environment, which is this run's alone: Flower and Ray start sessions
+    of their own, and orphans have other parents.
+    """
+    # The cleanup itself is not interrupted; it ends within seconds.
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        for member in members:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-    process.kill()
-    process.wait()
+            process.wait(5)
+        process.kill()
+        process.wait()
+        for _ in range(20):  # until no killed process had just started another
+            members = [member for member in psutil.process_iter() if _belongs_to(member, home)]
+            if not members:
+                break
+            for member in members:
+                with contextlib.suppress(psutil.Error):
+                    member.kill()
+            psutil.wait_procs(members, timeout=2)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _belongs_to(process: psutil.Process, home: Path) -> bool:
+    if process.pid == os.getpid():
+        return False
+    try:
+        return bool(process.environ().get("FLWR_HOME") == str(home)) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _free_port() -> int:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fgl_app.data.images import ImageSet
+from fgl_app.errors import ConfigError
 
 MOMENTUM = 0.9
 """FGL, Appendix: SGD with momentum 0.9 on the server and on the clients."""
@@ -32,6 +33,17 @@ class Evaluation:
 def pick_device(name: str) -> torch.device:
     """Turn the ``device`` setting into a device; ``auto`` is CUDA where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def check_device(name: str) -> None:
+    """Check that the ``device`` setting names a device of this machine.
+
+    Raises:
+        ConfigError: If it asks for a GPU that PyTorch does not see.
+    """
+    device = pick_device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"`device` must be a device of this machine, but {name} is none. Use auto or cpu.")
 
 
 def train(

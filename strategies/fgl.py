@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
 
@@ -15,7 +14,7 @@ from fgl_app.data.images import ImageSet
 from fgl_app.errors import PromptError, RoundError
 from fgl_app.prompts import PromptCount, merge_prompts
 from fgl_app.records import CONFIG, PROMPTS_MESSAGE, decode_prompts, payload_of, serialized_bytes
-from strategies.rounds import CheckedRounds, wait_for_clients
+from strategies.rounds import CheckedRounds
 
 Synthesize = Callable[[Sequence[PromptCount]], ImageSet]
 Pretrain = Callable[[ArrayRecord, ImageSet], ArrayRecord]
@@ -31,7 +30,7 @@ class FGL(CheckedRounds):
     Args:
         inner: Strategy of rounds 2 to R; ``FedAvg()`` if None.
         num_classes: Number of classes K; the label of a prompt must lie in 0 to K - 1.
-        num_clients: Clients that must be connected before they are asked for prompts.
+        num_clients: Clients that must be connected when an exchange begins.
         synthesize: Draws the synthetic set from the merged prompts.
         pretrain: Trains the initial weights on the synthetic set (FGL, Section 3.3; its result is the one-shot model).
         finetune: Trains the aggregated weights of a round on the synthetic set ("R-round-syn"); None for none.
@@ -57,15 +56,18 @@ class FGL(CheckedRounds):
         rounds_done: int = 0,
     ) -> None:
         """See the class."""
-        super().__init__(inner if inner is not None else FedAvg(), rounds_done=rounds_done)
+        super().__init__(
+            inner if inner is not None else FedAvg(),
+            num_clients=num_clients,
+            connect_timeout_s=connect_timeout_s,
+            rounds_done=rounds_done,
+        )
         self._num_classes = num_classes
-        self._num_clients = num_clients
         self._synthesize = synthesize
         self._pretrain = pretrain
         self._finetune = finetune
         self._prompts = prompts
         self._on_prompts = on_prompts
-        self._connect_timeout_s = connect_timeout_s
         self._synthetic: ImageSet | None = None
 
     def start(
@@ -126,7 +128,7 @@ class FGL(CheckedRounds):
         Raises:
             RoundError: If fewer clients than needed connect, or none sends usable prompts.
         """
-        nodes = wait_for_clients(grid, self._num_clients, self._connect_timeout_s, time.sleep)
+        nodes = self.wait_for_clients(grid)
         log(INFO, "[ROUND 1] asking %s clients for prompts", len(nodes))
         content = RecordDict({CONFIG: ConfigRecord({"server-round": 1})})
         questions = [Message(content=content, message_type=PROMPTS_MESSAGE, dst_node_id=node) for node in nodes]
@@ -148,7 +150,11 @@ class FGL(CheckedRounds):
             self.traffic.prompt_payload_bytes.append(len(payload))
         if not collected:
             raise RoundError(f"In the prompt round no client's prompts could be used: {' '.join(sorted(refusals))}")
+        self.traffic.num_asked_for_prompts = len(nodes)
         merged = merge_prompts(collected)
+        absent = self._num_classes - len({item.label for item in merged})
+        if absent:
+            log(WARNING, "prompt round: no client sent a prompt of %s of %s classes", absent, self._num_classes)
         log(INFO, "[ROUND 1] %s clients sent %s distinct prompts", len(collected), len(merged))
         return merged
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -26,6 +27,8 @@ class Traffic:
 
     model_bytes: list[int] = field(default_factory=list)
     """Size of each reply to a training message."""
+    num_asked_for_prompts: int = 0
+    """Clients that were sent the prompt message."""
     prompt_bytes: list[int] = field(default_factory=list)
     """Size of each reply to the prompt message."""
     prompt_payload_bytes: list[int] = field(default_factory=list)
@@ -42,10 +45,22 @@ class CheckedRounds(Strategy):
     * Rounds are numbered on from ``rounds_done``, so that a resumed run sends the numbers it would have sent.
     """
 
-    def __init__(self, inner: Strategy, *, rounds_done: int = 0) -> None:
-        """Wrap ``inner``; ``rounds_done`` rounds came before the first one."""
+    def __init__(
+        self, inner: Strategy, *, num_clients: int, connect_timeout_s: float = 120.0, rounds_done: int = 0
+    ) -> None:
+        """Wrap ``inner``.
+
+        Args:
+            inner: Any Flower strategy.
+            num_clients: Clients that must be connected when an exchange begins.
+            connect_timeout_s: Seconds to wait for them; Flower's own strategies would wait for ever.
+            rounds_done: Rounds that came before the first one.
+        """
         self.inner = inner
         self.rounds_done = rounds_done
+        self._num_clients = num_clients
+        self._connect_timeout_s = connect_timeout_s
+        self._num_asked_to_evaluate = 0
         self.traffic = Traffic()
         self.train_metrics: dict[int, MetricRecord] = {}
         """What the inner strategy made of the clients' training metrics, by round."""
@@ -56,8 +71,13 @@ class CheckedRounds(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Let the inner strategy configure the round, numbered from the start of the run."""
+        """Let the inner strategy configure the round, numbered from the start of the run.
+
+        Raises:
+            RoundError: If fewer clients than needed are connected.
+        """
         self._dtypes = {name: array.dtype for name, array in arrays.items()}
+        self.wait_for_clients(grid)
         return self.inner.configure_train(self.rounds_done + server_round, arrays, config, grid)
 
     def aggregate_train(
@@ -82,7 +102,10 @@ class CheckedRounds(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy configure the evaluation by clients, if it wants one."""
-        return self.inner.configure_evaluate(self.rounds_done + server_round, arrays, config, grid)
+        self.wait_for_clients(grid)
+        questions = list(self.inner.configure_evaluate(self.rounds_done + server_round, arrays, config, grid))
+        self._num_asked_to_evaluate = len(questions)
+        return questions
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Let the inner strategy aggregate the clients' metrics and keep them.
@@ -91,8 +114,7 @@ class CheckedRounds(Strategy):
             RoundError: If clients were asked and none could evaluate.
         """
         number = self.rounds_done + server_round
-        replies = list(replies)
-        if not replies:
+        if self._num_asked_to_evaluate == 0:
             return None
         metrics = self.inner.aggregate_evaluate(number, self.usable_replies(f"evaluation round {number}", replies))
         if metrics is not None:
@@ -103,6 +125,23 @@ class CheckedRounds(Strategy):
         """Log the inner strategy."""
         log(INFO, "\t├──> Rounds of %s, from round %s on", type(self.inner).__name__, self.rounds_done + 1)
         self.inner.summary()
+
+    def wait_for_clients(self, grid: Grid) -> list[int]:
+        """Wait until enough nodes are connected and return their ids.
+
+        Raises:
+            RoundError: If fewer are connected when the time is over.
+        """
+        deadline = time.monotonic() + self._connect_timeout_s
+        while len(nodes := sorted(grid.get_node_ids())) < self._num_clients:
+            if time.monotonic() > deadline:
+                raise RoundError(
+                    f"`num-clients` is {self._num_clients}, but after {self._connect_timeout_s:g} s only {len(nodes)} "
+                    "were connected. Start the missing SuperNodes (in simulation: --federation-config "
+                    f"num-supernodes={self._num_clients}) or lower it."
+                )
+            time.sleep(0.5)
+        return nodes
 
     def usable_replies(self, exchange: str, replies: Iterable[Message]) -> list[Message]:
         """Sort the replies and log the failures.
@@ -120,6 +159,9 @@ class CheckedRounds(Strategy):
         ordered = sorted(replies, key=reply_order)
         failures = [reply for reply in ordered if reply.has_error()]
         reasons = sorted({_reason(reply) for reply in failures})
+        for reply in failures:
+            # Flower's strategies log the text of an error, which on a client may quote its files: ours takes its place.
+            reply.error = Error(reply.error.code, _reason(reply))
         if len(failures) == len(ordered):
             raise RoundError(
                 f"In {exchange} at least one client must succeed, but {len(failures)} of {len(ordered)} failed: "
@@ -148,25 +190,6 @@ def restore_integers(arrays: ArrayRecord, dtypes: dict[str, str]) -> ArrayRecord
     return ArrayRecord(restored)
 
 
-def wait_for_clients(grid: Grid, num_clients: int, timeout_s: float, sleep: Callable[[float], None]) -> list[int]:
-    """Wait until ``num_clients`` nodes are connected.
-
-    Raises:
-        RoundError: If fewer are connected after ``timeout_s`` seconds.
-    """
-    waited = 0.0
-    while len(nodes := sorted(grid.get_node_ids())) < num_clients:
-        if waited >= timeout_s:
-            raise RoundError(
-                f"`num-clients` is {num_clients}, but after {timeout_s:g} s only {len(nodes)} were connected. Start "
-                f"the missing SuperNodes (in simulation: --federation-config num-supernodes={num_clients}) or lower it."
-            )
-        sleep(0.5)
-        waited += 0.5
-    return nodes
-
-
 def _reason(reply: Message) -> str:
     code = reply.error.code
-    # Flower passes a client's text on word for word; only our own sentences are shown.
     return _SENTENCES.get(code, f"Flower's error code {code}.")

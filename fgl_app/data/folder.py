@@ -41,7 +41,11 @@ def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> Im
     if not found:
         raise DataError(f"{str(folder)!r} must hold sub-folders named like {', '.join(class_names)}, but holds none.")
     listing = ImageFolder(folder, allow_empty=True)
-    rows = [(path, class_names.index(listing.classes[local])) for path, local in listing.samples]
+    rows = [
+        (path, class_names.index(listing.classes[local]))
+        for path, local in listing.samples
+        if listing.classes[local] in found  # not of a hidden folder, such as a viewer's thumbnails
+    ]
     if not rows:
         raise DataError(f"The class folders of {str(folder)!r} must hold images, but hold none.")
     images = torch.stack([_read_image(Path(path), image_size) for path, _ in rows])

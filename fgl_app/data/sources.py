@@ -55,7 +55,9 @@ def load_client_data(settings: DataSettings, node_config: Mapping[str, RunConfig
         path = node_config.get("data-path")
         if not isinstance(path, str):
             raise DataError("The node-config must hold `data-path`, e.g. --node-config 'data-path=\"/data/site0\"'.")
-        train, held_out = split_folder(load_folder(Path(path), class_names_of(settings), settings.image_size))
+        train, held_out = split_folder(
+            load_folder(Path(path).expanduser(), class_names_of(settings), settings.image_size)
+        )
         return ClientData(train, held_out, partition_id)
     num_partitions = node_config.get("num-partitions")
     if not isinstance(num_partitions, int) or not 0 <= partition_id < num_partitions:

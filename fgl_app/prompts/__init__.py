@@ -1,6 +1,15 @@
 """Prompts: writing them from labels and captions, merging them over clients, spreading the image budget."""
 
 from fgl_app.prompts.aggregation import PromptBudget, merge_prompts, spread_budget
-from fgl_app.prompts.writing import PromptCount, class_prompts, instance_prompts
+from fgl_app.prompts.writing import MAX_PROMPT_CHARS, PromptCount, class_prompts, instance_prompts, is_printable
 
-__all__ = ["PromptBudget", "PromptCount", "class_prompts", "instance_prompts", "merge_prompts", "spread_budget"]
+__all__ = [
+    "MAX_PROMPT_CHARS",
+    "PromptBudget",
+    "PromptCount",
+    "class_prompts",
+    "instance_prompts",
+    "is_printable",
+    "merge_prompts",
+    "spread_budget",
+]

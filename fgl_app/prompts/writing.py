@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+MAX_PROMPT_CHARS = 1_000
+"""Longest prompt, characters; what is longer is cut by the client and refused by the server."""
 
 
 @dataclass(frozen=True, order=True)
@@ -54,4 +58,20 @@ def instance_prompts(
 
 
 def _count(pairs: Iterable[tuple[int, str]]) -> list[PromptCount]:
-    return [PromptCount(label, prompt, count) for (label, prompt), count in sorted(Counter(pairs).items())]
+    cleaned = Counter((label, printable(prompt)) for label, prompt in pairs)
+    return [PromptCount(label, prompt, count) for (label, prompt), count in sorted(cleaned.items())]
+
+
+def printable(text: str) -> str:
+    """Make one line of printable characters of any text, at most :data:`MAX_PROMPT_CHARS` long."""
+    kept = "".join(character for character in " ".join(text.split()) if is_printable(character))
+    return kept[:MAX_PROMPT_CHARS].strip()
+
+
+def is_printable(character: str) -> bool:
+    """Return whether a prompt may hold this character.
+
+    Refused are the Unicode categories Cc, Cf, Cs, Co and Cn: control, direction changes, lone surrogates and what no
+    caption holds; the two joiners that Persian, Indian scripts and emoji need are allowed.
+    """
+    return character in "\u200c\u200d" or unicodedata.category(character)[0] != "C"

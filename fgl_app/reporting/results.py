@@ -28,18 +28,21 @@ def summarize(
         settings: The run's settings.
         rounds: Metrics of each round, at least one, with ``round``, ``phase``, ``accuracy``, ``loss``,
             ``validation_accuracy`` and ``model_upload_bytes``.
-        prompts_upload: Mean bytes of a client's prompts: ``payload`` and whole ``message``; None without prompts.
+        prompts_upload: Bytes of the largest client's prompts, ``payload`` and whole ``message``, and how many clients
+            were asked and used; None without prompts.
         synthesis: What the synthesis phase did; None if this start needed none.
         store_hash: Content hash of the synthetic set; None without one.
         seconds: Wall-clock seconds of each phase of this start.
     """
     selected = max(rounds, key=lambda row: (row["validation_accuracy"], -row["round"]))
     model_bytes = [row["model_upload_bytes"] for row in rounds if row["model_upload_bytes"]]
+    partitioned = settings.data.dataset == "digits"
+    dirichlet = partitioned and settings.data.partition == "dirichlet"
     return {
         "method": settings.run.method,
         "dataset": settings.data.dataset,
-        "partition": settings.data.partition,
-        "dirichlet_beta": settings.data.dirichlet_beta if settings.data.partition == "dirichlet" else None,
+        "partition": settings.data.partition if partitioned else None,
+        "dirichlet_beta": settings.data.dirichlet_beta if dirichlet else None,
         "seed": settings.run.seed,
         "num_clients": settings.run.num_clients,
         "rounds": [dict(row) for row in rounds],

@@ -37,32 +37,31 @@ class RunFolder:
         RunFolderError: If the folder cannot be written, or belongs to a run with other settings.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        """Open or make the folder of these settings."""
+    def __init__(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
+        """Open or make the folder of these settings; ``resolved`` is what they came to on this machine."""
         self.path = Path(settings.run.output_dir).expanduser() / settings.run.run_name
         self.synthetic = self.path / "synthetic"
         self._checkpoints = self.path / "checkpoints"
         self._settings = settings
+        config = {
+            "run_config": settings.flat(),
+            "resolved": dict(resolved),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            },
+            "seeds": {"seed": settings.run.seed, "derivation": "sha256(seed, scope); see fgl_app/rng.py"},
+        }
         try:
             for folder in (self.path, self._checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_other_settings()
+            write_json(self.path / "config.json", config)
         except OSError as error:
             raise RunFolderError(
-                f"`output-dir` must be a folder that can be written, but {str(self.path)!r} cannot be made "
+                f"`output-dir` must be a folder that can be read and written, but {str(self.path)!r} cannot "
                 f"({error.strerror}). Use for example ~/fgl-runs."
             ) from None
-        self._refuse_other_settings()
-        write_json(
-            self.path / "config.json",
-            {
-                "run_config": settings.flat(),
-                "versions": {
-                    "python": platform.python_version(),
-                    **{name: importlib.metadata.version(name) for name in _PACKAGES},
-                },
-                "seeds": {"seed": settings.run.seed, "derivation": "sha256(seed, scope); see fgl_app/rng.py"},
-            },
-        )
 
     def _refuse_other_settings(self) -> None:
         file = self.path / "config.json"
@@ -97,18 +96,17 @@ class RunFolder:
     def save_round(self, row: Mapping[str, Any], arrays: ArrayRecord) -> None:
         """Keep a finished round: first its metrics, then the checkpoint that makes it count as finished."""
         number = int(row["round"])
+        for later in self._checkpoint_numbers():  # of a run whose earlier checkpoint was deleted
+            if later >= number:
+                self._checkpoint(later).unlink()
         rows = [earlier for earlier in read_json_lines(self._metrics) if earlier["round"] < number]
         write_json_lines(self._metrics, [*rows, dict(row)])
-        write_atomically(self._checkpoints / f"round-{number:04d}.safetensors", save(arrays.to_torch_state_dict()))
+        write_atomically(self._checkpoint(number), save(arrays.to_torch_state_dict()))
 
     def finished_rounds(self) -> list[dict[str, Any]]:
         """Return the metrics of the rounds that have both metrics and a checkpoint, from round 1 on without a gap."""
         rows = {row["round"]: row for row in read_json_lines(self._metrics)}
-        saved = {
-            int(match[1])
-            for name in os.listdir(self._checkpoints)
-            if (match := _CHECKPOINT.fullmatch(name)) is not None
-        }
+        saved = self._checkpoint_numbers()
         finished: list[dict[str, Any]] = []
         while (number := len(finished) + 1) in rows and number in saved:
             finished.append(rows[number])
@@ -120,7 +118,7 @@ class RunFolder:
         Raises:
             RunFolderError: If the checkpoint is damaged.
         """
-        path = self._checkpoints / f"round-{number:04d}.safetensors"
+        path = self._checkpoint(number)
         try:
             state: dict[str, torch.Tensor] = load(path.read_bytes())
         except Exception as error:  # safetensors raises an exception class of its own
@@ -135,6 +133,13 @@ class RunFolder:
         path = self.path / "results.json"
         write_json(path, dict(results))
         return path
+
+    def _checkpoint_numbers(self) -> set[int]:
+        names = os.listdir(self._checkpoints)
+        return {int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name)) is not None}
+
+    def _checkpoint(self, number: int) -> Path:
+        return self._checkpoints / f"round-{number:04d}.safetensors"
 
     @property
     def _metrics(self) -> Path:

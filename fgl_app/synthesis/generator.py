@@ -15,10 +15,6 @@ from fgl_app.data.images import resize
 from fgl_app.errors import ModelError, SynthesisError
 from fgl_app.synthesis.plan import DrawSettings, Sample
 
-CPU_BATCH_SIZE = 32
-"""Rows of every call on a CPU, whatever the settings say: at another size the same noise gives pixels that round
-differently, one in some 20,000, by one level."""
-
 # SD 2.1's attention overflows in fp16, so that bf16 is the half precision on a GPU.
 _DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
@@ -58,14 +54,13 @@ def draw(pipeline: Any, samples: Sequence[Sample], settings: DrawSettings, batch
     """Draw one image per sample.
 
     Each sample has its own CPU generator, seeded by the sample's identity, so that its noise does not depend on the
-    batch; the last batch is padded, so that every image is computed at one static shape. On a CPU that shape is fixed
-    and images are equal to the last bit; on a GPU they are at equal ``batch_size``.
+    batch; the last batch is padded, so that every image is computed at one static shape.
 
     Args:
         pipeline: What :func:`load_pipeline` returned.
         samples: What to draw, at least one.
         settings: Steps, guidance, negative prompt and stored size.
-        batch_size: Images per call of the pipeline on a GPU.
+        batch_size: Images per call of the pipeline.
 
     Returns:
         uint8 ``[N, 3, S, S]``, in the order of ``samples``.
@@ -73,18 +68,19 @@ def draw(pipeline: Any, samples: Sequence[Sample], settings: DrawSettings, batch
     Raises:
         SynthesisError: If the pipeline returns numbers that are not finite.
     """
-    rows = CPU_BATCH_SIZE if pipeline.device.type == "cpu" else batch_size
+    # Some pipelines have no negative prompt at all.
+    steering = {"negative_prompt": [settings.negative_prompt] * batch_size} if settings.negative_prompt else {}
     parts = []
-    for start in range(0, len(samples), rows):
-        batch = list(samples[start : start + rows])
-        padded = batch + [batch[-1]] * (rows - len(batch))
+    for start in range(0, len(samples), batch_size):
+        batch = list(samples[start : start + batch_size])
+        padded = batch + [batch[-1]] * (batch_size - len(batch))
         output = pipeline(
             prompt=[sample.prompt for sample in padded],
-            negative_prompt=[settings.negative_prompt] * rows if settings.negative_prompt else None,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
             generator=[torch.Generator("cpu").manual_seed(sample.noise_seed) for sample in padded],
             output_type="pt",
+            **steering,
         ).images[: len(batch)]
         if not torch.isfinite(output).all():
             raise SynthesisError(

@@ -14,6 +14,10 @@ from fgl_app.files import canonical_json, write_json
 from fgl_app.prompts import PromptBudget
 from fgl_app.rng import derive_seed
 
+CPU_BATCH_SIZE = 32
+"""Images drawn at a time on a CPU, whatever the settings say: at another shape the same noise gives pixels that round
+differently, one in some 20,000, by one level."""
+
 UNIT_SIZE = 64
 """Images per unit: what a crash can cost at most."""
 
@@ -66,15 +70,18 @@ class Plan:
     settings: DrawSettings
     budget: tuple[PromptBudget, ...]
     device: str
+    """``cpu``, ``cuda`` or ``cuda:N``."""
     batch_size: int
-    """Images drawn at a time on a GPU; a CPU always draws ``generator.CPU_BATCH_SIZE``."""
+    """Images drawn at a time: the static shape at which every image of the plan is computed."""
 
     def units(self) -> list[Unit]:
         """Divide the samples, in the order of label, prompt and index, into units of :data:`UNIT_SIZE`."""
         digest = self.settings.digest()
+        # Rounding depends on the kind of device and on the shape: units drawn otherwise are not mixed with these.
+        arithmetic = f"{self.device.partition(':')[0]}/{self.batch_size}"
         samples = [_sample(digest, item, index) for item in sorted(self.budget) for index in range(item.num_images)]
         return [
-            Unit(_unit_id(samples[start : start + UNIT_SIZE]), tuple(samples[start : start + UNIT_SIZE]))
+            Unit(_unit_id(arithmetic, samples[start : start + UNIT_SIZE]), tuple(samples[start : start + UNIT_SIZE]))
             for start in range(0, len(samples), UNIT_SIZE)
         ]
 
@@ -109,6 +116,6 @@ def _sample(settings_digest: str, item: PromptBudget, index: int) -> Sample:
     return Sample(item.label, item.prompt, sample_id, derive_seed(0, "noise", sample_id.hex()))
 
 
-def _unit_id(samples: Sequence[Sample]) -> str:
-    digest = hashlib.sha256(b"".join(sample.sample_id for sample in samples))
+def _unit_id(arithmetic: str, samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256(arithmetic.encode() + b"".join(sample.sample_id for sample in samples))
     return digest.hexdigest()[:32]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from tqdm import tqdm
 from fgl_app.errors import FGLError
 from fgl_app.store import UnitStore
 from fgl_app.synthesis.plan import Plan, Unit
-from fgl_app.training import pick_device
 
 
 def work(plan: Plan, store: UnitStore) -> int:
@@ -34,7 +34,7 @@ def work(plan: Plan, store: UnitStore) -> int:
     from fgl_app.synthesis import generator  # seconds of import, and only where there is something to draw
 
     pipeline = generator.load_pipeline(
-        plan.settings.generator, plan.settings.generator_revision, pick_device(plan.device)
+        plan.settings.generator, plan.settings.generator_revision, torch.device(plan.device)
     )
     provenance = {
         "settings_digest": plan.settings.digest(),
@@ -72,6 +72,10 @@ def main() -> int:
         work(Plan.load(arguments.plan), UnitStore(arguments.store))
     except FGLError as error:
         sys.stderr.write(f"error: {error}\n")
+        return 1
+    except Exception as error:
+        # Its text may quote a prompt: only the worker's log, for the owner's eyes, holds it.
+        sys.stderr.write(f"{traceback.format_exc()}\nerror: {type(error).__name__} in the generator.\n")
         return 1
     return 0
 

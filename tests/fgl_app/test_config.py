@@ -70,12 +70,12 @@ def test_a_folder_data_set_needs_class_names(names):
 @pytest.mark.parametrize("value", ["unknown", "/no/such/folder", "a/b/c", "../weights"])
 def test_a_generator_that_cannot_be_found_is_refused(value):
     with pytest.raises(ConfigError, match=r'`generator`.*"tiny"|`generator`.*hub id'):
-        check_model_source("generator", value, "model_index.json")
+        check_model_source("generator", value, "", "model_index.json")
 
 
 def test_a_folder_without_the_marker_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"model_index\.json"):
-        check_model_source("generator", str(tmp_path), "model_index.json")
+        check_model_source("generator", str(tmp_path), "", "model_index.json")
 
 
 def test_an_unknown_classifier_is_refused_with_near_names():

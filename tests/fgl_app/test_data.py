@@ -91,6 +91,12 @@ def test_a_folder_of_images_per_class_is_read_at_the_image_size(tmp_path, run_co
     assert torch.bincount(data.held_out.validation.labels, minlength=3).tolist() == [0, 1, 2]
 
 
+def test_hidden_folders_are_passed_over(tmp_path):
+    write_images(tmp_path, {"cat": 2, ".thumbs": 2})
+
+    assert len(load_folder(tmp_path, ["cat", "dog"], 8)) == 2
+
+
 def test_a_folder_split_never_changes(tmp_path):
     write_images(tmp_path, {"cat": 10})
     data = load_folder(tmp_path, ["cat", "dog"], 8)

@@ -1,7 +1,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgl_app.prompts import PromptBudget, PromptCount, class_prompts, instance_prompts, merge_prompts, spread_budget
+from fgl_app.prompts import (
+    MAX_PROMPT_CHARS,
+    PromptBudget,
+    PromptCount,
+    class_prompts,
+    instance_prompts,
+    merge_prompts,
+    spread_budget,
+)
+from fgl_app.records import decode_prompts, encode_prompts
 
 counts = st.builds(PromptCount, st.integers(0, 3), st.sampled_from("abcdefg"), st.integers(1, 50))
 
@@ -52,3 +61,17 @@ def test_images_are_spread_in_proportion_to_counts():
 
     # 10 x 3/5 = 6, 10 x 1/5 = 2 and 2.
     assert spread_budget(prompts, 10) == [PromptBudget(0, "a", 6), PromptBudget(0, "b", 2), PromptBudget(0, "c", 2)]
+
+
+def test_what_a_captioner_says_becomes_one_printable_line():
+    prompts = instance_prompts([0, 0], ["a dog\n\ton a sofa\x00", "x" * 2000], ["cat"], "{class}, {caption}")
+
+    assert prompts[0].prompt == "cat, a dog on a sofa"
+    assert len(prompts[1].prompt) == MAX_PROMPT_CHARS
+
+
+@given(st.text())
+def test_whatever_a_caption_holds_the_server_accepts_the_prompt(caption):
+    prompts = instance_prompts([0], [caption], ["cat"], "{class}, {caption}")
+
+    assert decode_prompts(encode_prompts(prompts), num_classes=1) == prompts

@@ -9,9 +9,10 @@ import time
 import pytest
 import torch
 
-from fgl_app.config import APP_FOLDER
+from fgl_app.config import APP_FOLDER, parse_run_config
 from fgl_app.errors import ModelError, SynthesisError
-from fgl_app.prompts import PromptBudget
+from fgl_app.phases import draw_plan
+from fgl_app.prompts import PromptBudget, PromptCount
 from fgl_app.store import UnitStore
 from fgl_app.synthesis import generator
 from fgl_app.synthesis.launch import synthesize
@@ -74,15 +75,14 @@ def test_a_plan_survives_its_file_which_only_the_owner_reads(tmp_path):
         Plan.load(tmp_path / "absent.json")
 
 
-def test_no_image_depends_on_the_batch_size_or_its_place_in_a_batch(pipeline):
+def test_no_image_depends_on_its_place_in_a_batch(pipeline):
     plan = plan_of(*(PromptBudget(label, f"a handwritten {label}", 10) for label in range(10)), num_inference_steps=8)
     samples = [sample for unit in plan.units() for sample in unit.samples]
     shuffled = random.Random(1).sample(range(len(samples)), len(samples))
 
-    reference = generator.draw(pipeline, samples, plan.settings, batch_size=50)
+    reference = generator.draw(pipeline, samples, plan.settings, plan.batch_size)
 
-    assert torch.equal(generator.draw(pipeline, samples, plan.settings, batch_size=7), reference)
-    again = generator.draw(pipeline, [samples[index] for index in shuffled], plan.settings, batch_size=50)
+    again = generator.draw(pipeline, [samples[index] for index in shuffled], plan.settings, plan.batch_size)
     assert torch.equal(again, reference[shuffled])
 
 
@@ -171,3 +171,23 @@ def test_a_worker_killed_in_the_middle_leaves_a_store_that_is_completed_to_the_s
     assert 0 < committed < len(ids)
     assert work(plan, store) == 400 - committed * UNIT_SIZE
     assert store.content_hash(ids) == undisturbed.content_hash(ids)
+
+
+def test_on_a_cpu_the_batch_size_of_the_settings_changes_nothing(run_config):
+    prompts = [PromptCount(0, "zero", 1)]
+
+    plans = [
+        draw_plan(parse_run_config(run_config | {"synthesis-batch-size": size, "device": "cpu"}), prompts)
+        for size in (1, 50)
+    ]
+
+    assert plans[0] == plans[1]
+
+
+def test_units_drawn_at_another_shape_or_device_are_not_mixed():
+    budget = PromptBudget(0, "zero", 3)
+    plan = plan_of(budget)
+    others = [plan_of(budget, batch_size=4), dataclasses.replace(plan, device="cuda")]
+
+    assert all(other.units()[0].unit_id != plan.units()[0].unit_id for other in others)
+    assert all(other.units()[0].samples == plan.units()[0].samples for other in others)

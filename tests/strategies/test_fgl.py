@@ -1,10 +1,21 @@
+import logging
 from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, FedYogi, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedTrimmedAvg,
+    FedYogi,
+    Strategy,
+)
 
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import RoundError
@@ -42,7 +53,7 @@ def test_with_an_identity_as_server_phase_it_is_its_inner_strategy(make_grid, se
 
     ours = identity_fgl().start(make_grid(), start, num_rounds=3).arrays
     # Rounds 2 and 3 of FGL are FedAvg's rounds 2 and 3, whose number seeds the clients' order of images.
-    theirs = CheckedRounds(fedavg(), rounds_done=1).start(make_grid(), start, num_rounds=2).arrays
+    theirs = CheckedRounds(fedavg(), num_clients=3, rounds_done=1).start(make_grid(), start, num_rounds=2).arrays
 
     assert same(ours, theirs)
 
@@ -163,7 +174,7 @@ def test_all_clients_failing_in_a_training_round_is_an_error(make_grid, settings
     grid.broken = set(grid.node_configs)
 
     with pytest.raises(RoundError, match=r"training round 1.*3 of 3 failed"):
-        CheckedRounds(fedavg()).start(grid, initial_arrays(settings), num_rounds=1)
+        CheckedRounds(fedavg(), num_clients=3).start(grid, initial_arrays(settings), num_rounds=1)
 
 
 def test_a_client_failing_is_left_out(make_grid, settings):
@@ -193,6 +204,36 @@ def test_a_silent_exchange_is_an_error(make_grid, settings):
 
     with pytest.raises(RoundError, match="no client replied in time"):
         identity_fgl().start(grid, initial_arrays(settings), num_rounds=1)
+
+
+def test_a_client_that_goes_away_ends_the_run_instead_of_hanging(make_grid, settings):
+    grid = make_grid()
+
+    def pretrain(arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:
+        del grid.node_configs[1002]
+        return arrays
+
+    with pytest.raises(RoundError, match="only 2 were connected"):
+        identity_fgl(pretrain=pretrain).start(grid, initial_arrays(settings), num_rounds=2)
+
+
+def test_a_clients_own_words_are_never_logged(make_grid, settings, caplog):
+    grid = make_grid()
+    grid.broken = {1001}
+
+    with caplog.at_level(logging.DEBUG, "flwr"):
+        identity_fgl().start(grid, initial_arrays(settings), num_rounds=2)
+
+    assert "1 of 3 clients failed: The client failed" in caplog.text
+    assert "own words" not in caplog.text
+
+
+def test_differential_privacy_wraps_inside(make_grid, settings):
+    noisy = DifferentialPrivacyServerSideFixedClipping(fedavg(), 0.001, 1.0, 3)
+
+    arrays = identity_fgl(noisy).start(make_grid(), initial_arrays(settings), num_rounds=2).arrays
+
+    assert arrays["bn1.num_batches_tracked"].dtype == "int64"
 
 
 def test_integer_buffers_are_rounded_back():

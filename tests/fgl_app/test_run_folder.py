@@ -1,0 +1,144 @@
+import json
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+
+from fgl_app.config import parse_run_config
+from fgl_app.errors import ConfigError, RunFolderError
+from fgl_app.models import check_model
+from fgl_app.phases import resolve
+from fgl_app.prompts import PromptCount
+from fgl_app.records import evaluation_metrics, mean_evaluation
+from fgl_app.reporting.results import summarize
+from fgl_app.reporting.run_folder import RunFolder
+from fgl_app.synthesis.launch import SynthesisReport
+from fgl_app.training import Evaluation
+
+
+def row(number: int, accuracy: float = 0.5, validation: float = 0.5) -> dict:
+    return {
+        "round": number,
+        "phase": "fedavg",
+        "accuracy": accuracy,
+        "loss": 1.0,
+        "validation_accuracy": validation,
+        "model_upload_bytes": 100,
+    }
+
+
+def arrays(value: float) -> ArrayRecord:
+    return ArrayRecord({"weight": torch.full((2,), value), "count": torch.tensor(7)})
+
+
+@pytest.fixture
+def folder(settings) -> RunFolder:
+    return RunFolder(settings, resolve(settings))
+
+
+def test_finished_rounds_and_their_weights_are_found_again(folder, settings):
+    folder.save_round(row(1), arrays(1.0))
+    folder.save_round(row(2), arrays(2.0))
+
+    again = RunFolder(settings, {})
+
+    assert again.finished_rounds() == [row(1), row(2)]
+    state = again.load_arrays(2).to_torch_state_dict()
+    assert state["weight"].tolist() == [2.0, 2.0]
+    assert state["count"].dtype == torch.int64
+
+
+def test_a_round_without_its_checkpoint_is_not_finished(folder):
+    folder.save_round(row(1), arrays(1.0))
+    folder.save_round(row(2), arrays(2.0))
+    (folder.path / "checkpoints" / "round-0002.safetensors").unlink()
+
+    assert [found["round"] for found in folder.finished_rounds()] == [1]
+
+
+def test_a_round_done_again_forgets_the_later_ones(folder):
+    for number in (1, 2, 3):
+        folder.save_round(row(number), arrays(number))
+
+    folder.save_round(row(2, accuracy=0.9), arrays(5.0))
+
+    assert folder.finished_rounds() == [row(1), row(2, accuracy=0.9)]
+    assert not (folder.path / "checkpoints" / "round-0003.safetensors").exists()
+
+
+def test_a_damaged_checkpoint_is_named(folder):
+    folder.save_round(row(1), arrays(1.0))
+    (folder.path / "checkpoints" / "round-0001.safetensors").write_bytes(b"damaged")
+
+    with pytest.raises(RunFolderError, match=r"round-0001.*Delete it"):
+        folder.load_arrays(1)
+
+
+def test_prompts_are_kept_for_their_owner_alone(folder):
+    prompts = [PromptCount(0, "a cat", 3), PromptCount(1, "ein Hund, groß", 1)]
+
+    folder.save_prompts(prompts, {"payload": 10, "message": 20})
+
+    assert folder.load_prompts() == (prompts, {"payload": 10, "message": 20})
+    assert (folder.path / "prompts.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_same_name_with_other_settings_is_refused_but_more_rounds_are_not(folder, run_config):
+    RunFolder(parse_run_config(run_config | {"num-server-rounds": 9}), {})
+
+    with pytest.raises(RunFolderError, match="`seed` was 0 and is 5 now"):
+        RunFolder(parse_run_config(run_config | {"seed": 5}), {})
+
+
+def test_a_file_in_the_folders_place_is_refused(run_config, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(RunFolderError, match="`output-dir`"):
+        RunFolder(parse_run_config(run_config | {"output-dir": str(tmp_path / "file")}), {})
+
+
+def test_the_configuration_on_disk_is_complete(folder, settings):
+    written = json.loads((folder.path / "config.json").read_text())
+
+    assert written["run_config"] == settings.flat()
+    assert written["resolved"]["device"] in ("cpu", "cuda")
+    assert written["resolved"]["generator"].startswith("diffusion-")
+    assert {"flwr", "torch", "diffusers", "python"} <= set(written["versions"])
+
+
+def test_the_three_accuracies_are_what_their_names_say(settings):
+    rounds = [row(1, 0.5, 0.8), row(2, 0.9, 0.7), row(3, 0.6, 0.8), row(4, 0.7, 0.75)]
+
+    results = summarize(
+        settings,
+        rounds,
+        prompts_upload=None,
+        synthesis=SynthesisReport(10, 4, 6, 2.0),
+        store_hash="ab",
+        seconds={"total": 1.23456},
+    )
+
+    assert results["final_accuracy"] == 0.7  # the last round
+    assert (results["selected_round"], results["selected_accuracy"]) == (1, 0.5)  # best on validation, the earliest
+    assert results["paper_metric"] == 0.9  # best on test
+    assert results["synthesis"]["images_per_second"] == 2.0
+    assert results["upload_bytes"]["model_per_client_per_round"] == 100
+
+
+def test_clients_evaluations_are_weighted_by_the_images_behind_them():
+    contents = [
+        RecordDict({"metrics": evaluation_metrics(Evaluation(1.0, 0.5, 2), Evaluation(1.0, 0.2, 10))}),
+        RecordDict({"metrics": evaluation_metrics(Evaluation(0.0, 0.0, 0), Evaluation(4.0, 0.8, 30))}),
+    ]
+
+    mean = mean_evaluation(contents, "num-examples")
+
+    assert isinstance(mean, MetricRecord)
+    assert mean["accuracy"] == pytest.approx((0.2 * 10 + 0.8 * 30) / 40)
+    assert mean["loss"] == pytest.approx((1.0 * 10 + 4.0 * 30) / 40)
+    assert mean["validation_accuracy"] == 0.5  # the second client has no validation image
+
+
+def test_a_classifier_that_cannot_take_the_images_is_refused():
+    with pytest.raises(ConfigError, match=r"`model` alexnet.*`image-size` 16"):
+        check_model("alexnet", 10, 16)
