@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -22,10 +23,12 @@ FAST = (
 )
 
 
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 def fgl(*arguments: str, cwd: Path, expect: int = 0) -> str:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        ["fgl", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=580, check=False
+        ["fgl", *arguments], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=580, check=False
     )
     output = done.stdout + done.stderr
     assert done.returncode == expect, output[-6000:]
@@ -103,6 +106,25 @@ def test_a_name_that_was_used_with_other_settings_is_refused(first_run):
     output = fgl("run", *overrides, f"output-dir={folder}", "run-name=a", "--clients", "3", cwd=folder, expect=1)
 
     assert "`seed` was 3 and is 0 now" in output
+
+
+def test_a_terminated_run_stops_everything_and_is_resumed(tmp_path):
+    before = flower_processes()
+    names = (f"output-dir={tmp_path}", "run-name=stopped", "--clients", "2")
+    with subprocess.Popen(["fgl", "run", *FAST, *names], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "round 1 (one-shot)" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert flower_processes() - before == set()
+
+    fgl("run", *FAST, *names, cwd=tmp_path)
+
+    found = results(tmp_path / "stopped")
+    assert found["synthesis"]["generated"] == 0
+    assert [row["round"] for row in found["rounds"]] == [1, 2]
 
 
 def test_all_clients_failing_ends_the_run_as_failed(tmp_path):
