@@ -20,7 +20,10 @@ from fgl_app.data import digits
 pytestmark = pytest.mark.e2e
 
 README = (APP_FOLDER / "README.md").read_text("utf-8")
-OVERRIDES = " images-per-class=64 num-inference-steps=10 batch-size=16 server-epochs=8 local-epochs=1 server-finetune-epochs=0 image-size=8"
+OVERRIDES = (
+    " images-per-class=64 num-inference-steps=10 batch-size=16 server-epochs=8 local-epochs=1"
+    " server-finetune-epochs=0 image-size=8"
+)
 
 
 def command(start: str) -> str:
