@@ -253,7 +253,8 @@ class Session:
                 "`server-learning-rate`."
             )
         now = time.monotonic()
-        self.stopwatch.seconds["rounds"] = self.stopwatch.seconds.get("rounds", 0.0) + now - self._round_started
+        if phase != "one-shot":  # whose parts are prompts, synthesis and pretraining
+            self.stopwatch.seconds["rounds"] = self.stopwatch.seconds.get("rounds", 0.0) + now - self._round_started
         row = {
             "round": number,
             "phase": phase,
