@@ -86,7 +86,7 @@ def test_two_sites_with_folders_of_images_train_together(tmp_path):
         words = shlex.split(line.replace(OVERRIDES, f'{OVERRIDES} output-dir="{tmp_path}"'))
         words[2] = str(APP_FOLDER)
         done = subprocess.run(
-            words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=True
+            words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=580, check=True
         )
     finally:
         for process in reversed(processes):
