@@ -79,6 +79,7 @@ def train(
     # A private generator drives dropout, so that training neither reads nor moves the global one.
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        # nn.Module.to takes both at run time; torch's annotations have no overload for the pair.
         model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         images, labels = data.images.to(device), data.labels.to(device)
         optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=weight_decay)
@@ -105,6 +106,7 @@ def evaluate(model: nn.Module, data: ImageSet, device: torch.device) -> Evaluati
     """Measure loss and accuracy of a classifier; an empty set gives zeros."""
     if len(data) == 0:
         return Evaluation(0.0, 0.0, 0)
+    # As above: no overload for the pair.
     network = copy.deepcopy(model).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     loss, correct = 0.0, 0
     with torch.inference_mode():

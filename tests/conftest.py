@@ -40,6 +40,7 @@ class FakeGrid(Grid):
         self.asked: list[str] = []
         self.reverse = False
         self.broken: set[int] = set()
+        self.silent = False
 
     def set_run(self, run: object) -> None:
         raise AssertionError("a strategy does not set the run")
@@ -61,6 +62,8 @@ class FakeGrid(Grid):
         raise AssertionError("strategies use send_and_receive")
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        if self.silent:
+            return []
         self.reverse = not self.reverse
         ordered = sorted(messages, key=lambda m: m.metadata.dst_node_id, reverse=self.reverse)
         return [self._call(message) for message in ordered]

@@ -66,7 +66,10 @@ def _rng(*scope: object) -> np.random.Generator:
 def _warp(images: torch.Tensor, rng: np.random.Generator, strength: float) -> torch.Tensor:
     """Apply a random affine map and a smooth random displacement to each image, ``[N, 1, H, W]``."""
     n = len(images)
-    draw = lambda scale: torch.from_numpy(rng.normal(0, scale * strength, n).astype(np.float32))  # noqa: E731
+
+    def draw(scale: float) -> torch.Tensor:
+        return torch.from_numpy(rng.normal(0, scale * strength, n).astype(np.float32))
+
     angle, shear, log_x, log_y = draw(0.10), draw(0.10), draw(0.07), draw(0.04)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = torch.cos(angle) * torch.exp(log_x)
