@@ -125,6 +125,8 @@ class TrainingSettings:
     """Epochs on the synthetic set after each aggregation; 0 for none."""
     server_learning_rate: float
     """SGD step size on the server."""
+    server_schedule: Literal["constant", "cosine"]
+    """Step size during the server's training: ``constant`` as in the paper, or falling to zero along a cosine."""
     local_epochs: int
     """Epochs of each client in each round."""
     learning_rate: float

@@ -118,6 +118,7 @@ def train_on_server(
         learning_rate=settings.training.server_learning_rate,
         weight_decay=SERVER_WEIGHT_DECAY,
         augmentation=settings.training.augmentation,
+        schedule=settings.training.server_schedule,
         generator=torch_generator(settings.run.seed, *scope),
         device=pick_device(settings.run.device),
         on_epoch=report,

@@ -55,6 +55,7 @@ def train(
     learning_rate: float,
     weight_decay: float,
     augmentation: str,
+    schedule: str = "constant",
     generator: torch.Generator,
     device: torch.device,
     on_epoch: Callable[[int, float], None] | None = None,
@@ -69,6 +70,8 @@ def train(
         learning_rate: Step size.
         weight_decay: L2 penalty (2e-4 on the paper's server, 1e-4 on its clients).
         augmentation: ``none``, ``crop`` or ``crop-flip``.
+        schedule: ``constant``, or ``cosine``: the step size falls to zero along half a cosine (Loshchilov & Hutter
+            2017, Eq. 5, without restarts), so that the end does not depend on the noise of the last steps.
         generator: CPU generator of the order and the crops.
         device: Where to train.
         on_epoch: Called with the number of finished epochs and their last mean loss.
@@ -83,6 +86,8 @@ def train(
         model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         images, labels = data.images.to(device), data.labels.to(device)
         optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=weight_decay)
+        total_steps = epochs * math.ceil(len(data) / batch_size)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps) if schedule == "cosine" else None
         mean_loss = math.nan
         for epoch in range(epochs):
             total = torch.zeros((), device=device)
@@ -94,6 +99,8 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                if decay is not None:
+                    decay.step()
                 total += loss.detach() * len(rows)
             mean_loss = total.item() / len(data)
             if on_epoch is not None:

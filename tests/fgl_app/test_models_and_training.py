@@ -121,3 +121,16 @@ def test_no_augmentation_changes_nothing(generator):
     images = torch.rand(2, 3, 8, 8)
 
     assert augment(images, "none", generator) is images
+
+
+def test_a_cosine_schedule_ends_with_small_steps():
+    def last_movement(schedule):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+        seen = []
+        keep = lambda epoch, loss: seen.append(model[1].weight.detach().clone())  # noqa: E731
+        with torch.no_grad():
+            model[1].weight.zero_()
+        fit(model, two_classes(), epochs=10, schedule=schedule, on_epoch=keep)
+        return (seen[-1] - seen[-2]).norm()
+
+    assert last_movement("cosine") < 0.2 * last_movement("constant")
