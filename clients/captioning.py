@@ -1,30 +1,39 @@
-"""Caption images with BLIP-2. The only module that imports vision-language models."""
+"""Caption images with BLIP-2 or another vision-language model. The only module that imports such models."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor, Blip2ForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fgl_app import tiny
 from fgl_app.errors import ModelError
+from fgl_app.files import cache_folder, canonical_json
 
-_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "4bit": torch.bfloat16,
+}  # fmt: skip
 _LOGGER = logging.getLogger("flwr.fgl.captioning")
+_INSTRUCTION = "Describe this image in one short sentence."
+"""What a captioner that follows instructions is asked."""
+_FLORENCE_TASK = "<CAPTION>"
 
 
-class Blip2Captioner:
-    """A BLIP-2 model that captions batches of images.
+class HubCaptioner:
+    """A model that captions batches of images: BLIP, BLIP-2, Florence-2, SmolVLM and whatever answers like them.
 
     Args:
         source: ``tiny`` (shipped), a folder that ``save_pretrained`` wrote, or a hub id.
         revision: Git revision of a hub id; empty for the newest.
-        batch_size: Images captioned at a time.
+        dtype: ``auto``, ``float32``, ``bfloat16``, ``float16`` or ``4bit`` (needs bitsandbytes and a GPU).
         max_new_tokens: Longest caption, tokens.
         device: Where to run the model.
 
@@ -32,26 +41,27 @@ class Blip2Captioner:
         ModelError: If the model cannot be loaded, or would not see the images.
     """
 
-    def __init__(
-        self, source: str, *, revision: str, batch_size: int, max_new_tokens: int, device: torch.device
-    ) -> None:
+    def __init__(self, source: str, *, revision: str, dtype: str, max_new_tokens: int, device: torch.device) -> None:
         """Load processor and model."""
         path = str(tiny.folder_of(tiny.CAPTIONER)) if source == "tiny" else os.path.expanduser(source)
         pinned = revision if revision and source != "tiny" and not Path(path).is_dir() else None
+        chosen = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
         try:
             self._processor: Any = AutoProcessor.from_pretrained(path, revision=pinned)
-            self._model: Any = Blip2ForConditionalGeneration.from_pretrained(
-                path, revision=pinned, dtype=_DTYPES[device.type], use_safetensors=True
+            self._model: Any = AutoModelForImageTextToText.from_pretrained(
+                path, revision=pinned, dtype=_DTYPES[chosen], use_safetensors=True, **_quantization(chosen)
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, KeyError) as error:
             raise ModelError(
-                f"`captioner` must be a BLIP-2 model that transformers loads, but {source!r} is not "
+                f"`captioner` must be an image-to-text model that transformers loads, but {source!r} is not "
                 f'({type(error).__name__}: {error}). Use "tiny" or Salesforce/blip2-opt-2.7b.'
             ) from None
-        self._model.to(device).eval()
-        self._batch_size = batch_size
+        if chosen != "4bit":
+            self._model.to(device)
+        self._model.eval()
         self._max_new_tokens = max_new_tokens
         self._device = device
+        self._text = self._prompt()
 
     def __call__(self, images: torch.Tensor) -> list[str]:
         """Caption images by greedy search.
@@ -62,20 +72,106 @@ class Blip2Captioner:
         Returns:
             N captions, blanks at the ends removed.
         """
-        captions: list[str] = []
-        with tqdm(total=len(images), desc="captioning", unit="image", ascii=True, mininterval=5.0) as bar:
-            for start in range(0, len(images), self._batch_size):
-                batch = images[start : start + self._batch_size]
-                captions += self._caption(batch)
-                bar.update(len(batch))
-        return captions
-
-    @torch.inference_mode()
-    def _caption(self, batch: torch.Tensor) -> list[str]:
-        inputs = self._processor(images=list(batch), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self._device, self._model.dtype)
-        # Without a text prompt the model itself puts its query tokens before the BOS token, so that it sees the image
-        # whatever the processor's `num_query_tokens` says.
-        ids = self._model.generate(pixel_values=pixels, max_new_tokens=self._max_new_tokens, do_sample=False)
-        decoded: list[str] = self._processor.batch_decode(ids, skip_special_tokens=True)
+        with torch.inference_mode():
+            text = {} if self._text is None else {"text": [self._text] * len(images), "padding": True}
+            pictures = [[image] for image in images] if self._text_holds_images() else list(images)
+            inputs = self._processor(images=pictures, return_tensors="pt", **text).to(self._device)
+            for name, value in inputs.items():
+                if torch.is_floating_point(value):
+                    inputs[name] = value.to(self._model.dtype)
+            ids = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
+            if "input_ids" in inputs and not self._model.config.is_encoder_decoder:
+                ids = ids[:, inputs["input_ids"].shape[1] :]  # they come first in the output of a decoder
+            decoded: list[str] = self._processor.batch_decode(ids, skip_special_tokens=True)
         return [caption.strip() for caption in decoded]
+
+    def _prompt(self) -> str | None:
+        """Return the text beside each image: None for BLIP and BLIP-2, which caption without being asked.
+
+        Without a text BLIP-2 itself puts its query tokens before the BOS token, so that it sees the image whatever the
+        processor's ``num_query_tokens`` says.
+        """
+        if "florence" in self._model.config.model_type:
+            return _FLORENCE_TASK
+        if self._text_holds_images():
+            content = [{"type": "image"}, {"type": "text", "text": _INSTRUCTION}]
+            prompt: str = self._processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            return prompt
+        return None
+
+    def _text_holds_images(self) -> bool:
+        return getattr(self._processor, "chat_template", None) is not None
+
+
+class CachedCaptioner:
+    """Captions images once: each caption is kept on this node under the image's hash, so that an interruption resumes.
+
+    Args:
+        load: Loads the captioner; called only if a caption is missing.
+        identity: Everything besides the image that a caption depends on.
+        batch_size: Images captioned, and then kept, at a time.
+        folder: Where captions are kept, readable by the owner alone; by default in the cache.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Callable[[torch.Tensor], list[str]]],
+        *,
+        identity: tuple[str | int, ...],
+        batch_size: int,
+        folder: Path | None = None,
+    ) -> None:
+        """Open the captions of earlier runs."""
+        self._load = load
+        self._batch_size = batch_size
+        folder = folder or cache_folder() / "captions"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path = folder / f"{hashlib.sha256(canonical_json(list(identity))).hexdigest()[:16]}.jsonl"
+        self._known = _read(self._path)
+
+    def __call__(self, images: torch.Tensor) -> list[str]:
+        """Caption images, uint8 ``[N, 3, S, S]``; equal images get one caption."""
+        keys = [hashlib.sha256(f"{tuple(i.shape)}".encode() + i.numpy().tobytes()).hexdigest() for i in images]
+        row_of = {key: row for row, key in enumerate(keys)}
+        todo = [row for key, row in row_of.items() if key not in self._known]
+        if todo:
+            captioner = self._load()
+            with tqdm(total=len(todo), desc="captioning", unit="image", ascii=True, mininterval=5.0) as bar:
+                for start in range(0, len(todo), self._batch_size):
+                    rows = todo[start : start + self._batch_size]
+                    captions = captioner(images[rows])
+                    self._keep({keys[row]: caption for row, caption in zip(rows, captions, strict=True)})
+                    bar.update(len(rows))
+        return [self._known[key] for key in keys]
+
+    def _keep(self, captions: dict[str, str]) -> None:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            # A line begins with its newline, so that it stays whole behind one that a crash cut short.
+            file.write(
+                "".join("\n" + json.dumps([key, caption], ensure_ascii=False) for key, caption in captions.items())
+            )
+        self._known |= captions
+
+
+def _read(path: Path) -> dict[str, str]:
+    """Read kept captions; a line that a crash cut short is passed over."""
+    known: dict[str, str] = {}
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            key, caption = json.loads(line)
+        except ValueError:
+            continue
+        known[key] = caption
+    return known
+
+
+def _quantization(dtype: str) -> dict[str, Any]:
+    if dtype != "4bit":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)}

@@ -20,10 +20,14 @@ def train_locally(
     batch_size: int,
     learning_rate: float,
     augmentation: str,
+    proximal_mu: float = 0.0,
     generator: torch.Generator,
     device: torch.device,
 ) -> float:
     """Run ``local_epochs`` epochs of SGD with a new optimizer (McMahan et al. 2017, Algorithm 1: ClientUpdate).
+
+    With ``proximal_mu`` > 0 the loss is that of FedProx (Li et al. 2020, Eq. 2): F(w) + mu/2 ||w - w_t||^2, where w_t
+    are the weights received.
 
     Returns:
         Mean loss over the last epoch, nats.
@@ -36,6 +40,7 @@ def train_locally(
         learning_rate=learning_rate,
         weight_decay=WEIGHT_DECAY,
         augmentation=augmentation,
+        proximal_mu=proximal_mu,
         generator=generator,
         device=device,
     )

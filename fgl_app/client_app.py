@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from logging import ERROR, INFO
 from typing import cast
 
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import nn
@@ -15,15 +16,19 @@ from torch import nn
 from clients.local_training import evaluate_held_out, train_locally
 from clients.prompting import Captioner, write_prompts
 from fgl_app.config import Settings, parse_run_config
-from fgl_app.data.sources import ClientData, class_names_of, load_client_data
+from fgl_app.data.sources import ClientData, load_client_data
 from fgl_app.errors import DataError, FGLError
 from fgl_app.models import build_model, from_arrays, to_arrays
+from fgl_app.prompts import PromptCount
 from fgl_app.records import (
     ARRAYS,
+    CLASS_NAMES,
     CLIENT,
     CONFIG,
+    EQUAL_WEIGHT,
     METRICS,
     NUM_EXAMPLES,
+    Upload,
     client_record,
     evaluation_metrics,
     prompts_reply,
@@ -31,7 +36,7 @@ from fgl_app.records import (
 from fgl_app.rng import torch_generator
 from fgl_app.training import pick_device
 
-Handler = Callable[[Message, Settings, ClientData, Context], RecordDict]
+Handler = Callable[[Message, Settings, Context], RecordDict]
 
 
 def answer(handler: Handler) -> Callable[[Message, Context], Message]:
@@ -43,9 +48,7 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
     @functools.wraps(handler)
     def wrapped(message: Message, context: Context) -> Message:
         try:
-            settings = parse_run_config(context.run_config)
-            data = load_client_data(settings.data, context.node_config, settings.run.seed)
-            return Message(handler(message, settings, data, context), reply_to=message)
+            return Message(handler(message, parse_run_config(context.run_config), context), reply_to=message)
         except FGLError as error:
             log(ERROR, "this client failed: %s", error)
             return Message(Error(error.client_code, error.client_sentence), reply_to=message)
@@ -56,23 +59,36 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
     return wrapped
 
 
-def prompts(message: Message, settings: Settings, data: ClientData, context: Context) -> RecordDict:
+def place(message: Message, settings: Settings, context: Context) -> RecordDict:
+    """Answer ``query.place``: the partition id, by which the server draws the clients of a round reproducibly."""
+    return RecordDict({CLIENT: client_record(int(context.node_config.get("partition-id", 0)))})
+
+
+def prompts(message: Message, settings: Settings, context: Context) -> RecordDict:
     """Answer ``query.prompts``: distinct prompts of this client's training images, with counts."""
+    data = _data(message, settings, context)
+    by_caption = settings.prompts.prompt_level != "class"
+    named = {item.name: item.prompt for item in settings.card.classes}
     written = write_prompts(
         data.train,
-        class_names_of(settings.data),
-        class_template=settings.prompts.class_prompt,
-        instance_template=settings.prompts.instance_prompt,
-        captioner=_captioner(settings, context) if settings.prompts.prompt_level == "instance" else None,
+        [named.get(name, name) for name in data.class_names],
+        form_of=settings.prompt_form,
+        domains=settings.card.domains,
+        num_prompts_per_class=settings.prompts.num_prompts_per_class,
+        captioner=_captioner(settings, context) if by_caption else None,
     )
-    log(INFO, "client %s sends %s distinct prompts", data.partition_id, len(written))
-    return prompts_reply(written, len(data.train), data.partition_id)
+    upload = Upload(written, data.class_names)
+    if settings.prompts.prompt_level == "embedding":
+        upload = _embedded(written, settings, data)
+    log(INFO, "client %s sends %s distinct prompts", data.partition_id, len(upload.prompts))
+    return prompts_reply(upload, len(data.train), data.partition_id)
 
 
-def train(message: Message, settings: Settings, data: ClientData, context: Context) -> RecordDict:
+def train(message: Message, settings: Settings, context: Context) -> RecordDict:
     """Answer ``train``: the global model after local SGD, and its loss."""
-    model = _received_model(message, settings)
-    server_round = cast(int, message.content[CONFIG]["server-round"])
+    data = _data(message, settings, context)
+    model = _received_model(message, settings, data.class_names)
+    config = cast(ConfigRecord, message.content[CONFIG])
     loss = train_locally(
         model,
         data.train,
@@ -80,53 +96,83 @@ def train(message: Message, settings: Settings, data: ClientData, context: Conte
         batch_size=settings.training.batch_size,
         learning_rate=settings.training.learning_rate,
         augmentation=settings.training.augmentation,
-        generator=torch_generator(settings.run.seed, "local-training", server_round, data.partition_id),
+        proximal_mu=float(cast(float, config.get("proximal-mu", 0.0))),  # sent by Flower's FedProx
+        generator=torch_generator(
+            settings.run.seed, "local-training", cast(int, config["server-round"]), data.partition_id
+        ),
         device=pick_device(settings.run.device),
     )
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        NUM_EXAMPLES: len(data.train),
+        EQUAL_WEIGHT: 1,
+        "loss": loss,
+        "train_loss": loss,
+    }
     return RecordDict(
-        {
-            ARRAYS: to_arrays(model),
-            METRICS: MetricRecord({NUM_EXAMPLES: len(data.train), "loss": loss}),
-            CLIENT: client_record(data.partition_id),
-        }
+        {ARRAYS: to_arrays(model), METRICS: MetricRecord(metrics), CLIENT: client_record(data.partition_id)}
     )
 
 
-def evaluate(message: Message, settings: Settings, data: ClientData, context: Context) -> RecordDict:
+def evaluate(message: Message, settings: Settings, context: Context) -> RecordDict:
     """Answer ``evaluate``: loss and accuracy of the global model on this client's held-out images."""
-    model = _received_model(message, settings)
-    if len(data.held_out.test) == 0:
+    data = _data(message, settings, context)
+    held_out = data.held_out()
+    model = _received_model(message, settings, data.class_names)
+    if len(held_out.test) == 0:
         raise DataError("A client that evaluates must hold at least 3 images of some class; one in five is held out.")
-    validation, test = evaluate_held_out(model, data.held_out, pick_device(settings.run.device))
-    return RecordDict(
-        {
-            METRICS: evaluation_metrics(validation, test),
-            CLIENT: client_record(data.partition_id),
-        }
-    )
+    validation, test = evaluate_held_out(model, held_out, pick_device(settings.run.device))
+    return RecordDict({METRICS: evaluation_metrics(validation, test), CLIENT: client_record(data.partition_id)})
 
 
-def _received_model(message: Message, settings: Settings) -> nn.Module:
-    model = build_model(
-        settings.training.model, len(class_names_of(settings.data)), settings.data.image_size, settings.run.seed
-    )
+def _data(message: Message, settings: Settings, context: Context) -> ClientData:
+    record = message.content.get(CONFIG)
+    sent = record.get(CLASS_NAMES) if isinstance(record, ConfigRecord) else None
+    names = [str(name) for name in sent] if isinstance(sent, list) else None
+    return load_client_data(settings.card, settings.data, context.node_config, settings.run.seed, names)
+
+
+def _received_model(message: Message, settings: Settings, class_names: Sequence[str]) -> nn.Module:
+    model = build_model(settings.training.model, len(class_names), settings.data.image_size, settings.run.seed)
     return from_arrays(model, message.content.array_records[ARRAYS])
 
 
 def _captioner(settings: Settings, context: Context) -> Captioner:
-    from clients.captioning import Blip2Captioner  # seconds of import, and only for instance-level prompts
+    from clients.captioning import CachedCaptioner, HubCaptioner  # seconds of import
 
-    source = context.node_config.get("captioner", settings.prompts.captioner)
-    return Blip2Captioner(
-        str(source),
-        revision=settings.prompts.captioner_revision,
-        batch_size=settings.prompts.captioning_batch_size,
-        max_new_tokens=settings.prompts.max_new_tokens,
-        device=pick_device(settings.run.device),
+    source = str(context.node_config.get("captioner", settings.prompts.captioner))
+    prompts = settings.prompts
+    return CachedCaptioner(
+        lambda: HubCaptioner(
+            source,
+            revision=prompts.captioner_revision,
+            dtype=prompts.captioner_dtype,
+            max_new_tokens=prompts.max_new_tokens,
+            device=pick_device(settings.run.device),
+        ),
+        identity=(source, prompts.captioner_revision, prompts.captioner_dtype, prompts.max_new_tokens),
+        batch_size=prompts.captioning_batch_size,
     )
+
+
+def _embedded(written: Sequence[PromptCount], settings: Settings, data: ClientData) -> Upload:
+    from clients.embedding import TextEncoder, embed_prompts  # seconds of import
+
+    prompts = settings.prompts
+    prompts_of, embeddings = embed_prompts(
+        written,
+        TextEncoder(settings.synthesis.generator, settings.synthesis.generator_revision, torch.device("cpu")),
+        summary=prompts.embedding_summary,
+        num_clusters=prompts.embedding_clusters,
+        clip_norm=prompts.embedding_clip,
+        epsilon=prompts.embedding_epsilon,
+        delta=prompts.embedding_delta,
+        seed=settings.run.seed,
+    )
+    return Upload(prompts_of, data.class_names, embeddings)
 
 
 app = ClientApp()
 app.query("prompts")(answer(prompts))
+app.query("place")(answer(place))
 app.train()(answer(train))
 app.evaluate()(answer(evaluate))

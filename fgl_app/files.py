@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """Return where unpacked models and downloaded data lie: ``$FGL_CACHE``, or a folder of the user's cache."""
+    return Path(os.environ.get("FGL_CACHE", "~/.cache/federated-generative-learning")).expanduser()
+
+
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Replace ``path`` by ``content``; after a crash it holds the old bytes or the new, never a part.
 

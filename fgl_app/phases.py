@@ -16,9 +16,9 @@ from torch import nn
 from fgl_app import tiny
 from fgl_app.config import Settings
 from fgl_app.data.images import HeldOut, ImageSet, resize
-from fgl_app.data.sources import class_names_of
-from fgl_app.models import build_model, from_arrays, to_arrays
-from fgl_app.prompts import PromptCount, spread_budget
+from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
+from fgl_app.prompts import MergedPrompts, spread_budget
+from fgl_app.prompts.expansion import LanguageModelWriter, expand, templates_writer
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.rng import torch_generator
 from fgl_app.synthesis.launch import SynthesisReport, synthesize
@@ -45,9 +45,23 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
 
 
-def initial_arrays(settings: Settings) -> ArrayRecord:
-    """Return the random initial weights of the run; the same for every method of one seed."""
-    return to_arrays(_model(settings))
+def initial_arrays(settings: Settings, class_names: Sequence[str]) -> ArrayRecord:
+    """Return the initial weights of the run; the same for every method of one seed.
+
+    Raises:
+        ConfigError: If ``initial-weights`` cannot be had, or do not fit the model.
+    """
+    chosen = settings.training.initial_weights
+    training, size = settings.training, settings.data.image_size
+    if chosen == "imagenet":
+        return to_arrays(build_model(training.model, len(class_names), size, settings.run.seed, imagenet=True))
+    model = _model(settings, class_names)
+    return to_arrays(model if chosen == "random" else load_checkpoint(str(Path(chosen).expanduser()), model))
+
+
+def parameter_names(settings: Settings, class_names: Sequence[str]) -> frozenset[str]:
+    """Return the names of the arrays that are trained, as against BatchNorm's statistics."""
+    return frozenset(name for name, _ in _model(settings, class_names).named_parameters())
 
 
 def resolve(settings: Settings) -> dict[str, str]:
@@ -56,13 +70,39 @@ def resolve(settings: Settings) -> dict[str, str]:
     return {
         "output_dir": str(Path(settings.run.output_dir).expanduser()),
         "device": str(pick_device(settings.run.device)),
-        "class_names": ",".join(class_names_of(settings.data)),
+        "data_set": settings.card.title,
+        "class_names": ",".join(settings.card.class_names()),
         "generator": shipped[0] if settings.synthesis.generator == "tiny" else settings.synthesis.generator,
         "captioner": shipped[1] if settings.prompts.captioner == "tiny" else settings.prompts.captioner,
     }
 
 
-def draw_plan(settings: Settings, prompts: Sequence[PromptCount]) -> Plan:
+def write_server_prompts(settings: Settings) -> MergedPrompts:
+    """Expand the class names into prompts without asking any client (GPT-FL, Section 3.1)."""
+    chosen, card = settings.prompts, settings.card
+    model = None
+    if chosen.prompt_writer != "templates":
+        model = LanguageModelWriter(
+            chosen.prompt_writer,
+            revision=chosen.prompt_writer_revision,
+            max_new_tokens=chosen.max_new_tokens,
+            seed=settings.run.seed,
+            device=pick_device(settings.run.device),
+        )
+    domains = [(name, settings.prompt_form(name).class_templates) for name in card.domains] or [
+        ("", settings.prompt_form().class_templates)
+    ]
+    prompts = expand(
+        [item.prompt for item in card.classes],
+        domains,
+        lambda templates: model if model is not None else templates_writer(templates),
+        chosen.num_prompts_per_class,
+    )
+    log(INFO, "the server wrote %s prompts for %s classes", len(prompts), len(card.classes))
+    return MergedPrompts(tuple(prompts), card.class_names())
+
+
+def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) -> Plan:
     """Decide what the worker shall draw for the merged prompts."""
     chosen = settings.synthesis
     shipped = chosen.generator == "tiny"
@@ -71,13 +111,16 @@ def draw_plan(settings: Settings, prompts: Sequence[PromptCount]) -> Plan:
         DrawSettings(
             generator=chosen.generator,
             generator_revision=tiny.folder_of(tiny.DIFFUSION).name if shipped else chosen.generator_revision,
+            scheduler=chosen.scheduler,
             num_inference_steps=chosen.num_inference_steps,
             guidance_scale=chosen.guidance_scale,
-            negative_prompt=chosen.negative_prompt,
+            generation_size=chosen.generation_size,
             stored_size=chosen.stored_size,
             seed=settings.run.seed,
         ),
-        tuple(spread_budget(prompts, chosen.images_per_class)),
+        tuple(spread_budget(merged.prompts, chosen.images_per_class, chosen.prompt_budget == "uniform")),
+        {name: settings.prompt_form(name or None).negative for name in ("", *settings.card.domains)},
+        str(embeddings_file) if merged.embeddings else "",
         str(device),
         CPU_BATCH_SIZE if device.type == "cpu" else chosen.synthesis_batch_size,
     )
@@ -85,24 +128,31 @@ def draw_plan(settings: Settings, prompts: Sequence[PromptCount]) -> Plan:
 
 def draw_synthetic_set(plan: Plan, folder: RunFolder, image_size: int) -> tuple[ImageSet, SynthesisReport]:
     """Draw what is missing and return the synthetic set at the classifier's image size."""
-    images, report = synthesize(plan, folder.synthetic, lambda line: log(INFO, "%s", line))
+    images, report = synthesize(plan, folder.synthetic, folder.path, lambda line: log(INFO, "%s", line))
     log(INFO, "synthesis: %s images, %s drawn now, %s reused", report.images, report.generated, report.reused)
     return ImageSet(resize(images.images, image_size), images.labels), report
 
 
 def train_on_server(
-    settings: Settings, arrays: ArrayRecord, data: ImageSet, *, epochs: int, scope: tuple[str | int, ...]
+    settings: Settings,
+    class_names: Sequence[str],
+    arrays: ArrayRecord,
+    data: ImageSet,
+    *,
+    epochs: int,
+    scope: tuple[str | int, ...],
 ) -> ArrayRecord:
     """Train weights on ``data`` with the server's SGD and return the new ones.
 
     Args:
         settings: Model, batch size, learning rate and augmentation.
+        class_names: The run's K classes.
         arrays: Weights to begin with.
         data: The synthetic set; for centralized training, all real training images.
         epochs: Passes over the data.
         scope: Names the random stream, e.g. ``("pretraining",)``.
     """
-    model = from_arrays(_model(settings), arrays)
+    model = from_arrays(_model(settings, class_names), arrays)
     started = time.monotonic()
 
     def report(epoch: int, loss: float) -> None:
@@ -126,17 +176,18 @@ def train_on_server(
     return to_arrays(model)
 
 
-def evaluator(settings: Settings, held_out: HeldOut) -> Callable[[ArrayRecord], tuple[Evaluation, Evaluation]]:
+def evaluator(
+    settings: Settings, class_names: Sequence[str], held_out: HeldOut
+) -> Callable[[ArrayRecord], tuple[Evaluation, Evaluation]]:
     """Return a function that evaluates weights on the validation and the test images."""
     device = pick_device(settings.run.device)
 
     def evaluate_arrays(arrays: ArrayRecord) -> tuple[Evaluation, Evaluation]:
-        model = from_arrays(_model(settings), arrays)
+        model = from_arrays(_model(settings, class_names), arrays)
         return evaluate(model, held_out.validation, device), evaluate(model, held_out.test, device)
 
     return evaluate_arrays
 
 
-def _model(settings: Settings) -> nn.Module:
-    classes = len(class_names_of(settings.data))
-    return build_model(settings.training.model, classes, settings.data.image_size, settings.run.seed)
+def _model(settings: Settings, class_names: Sequence[str]) -> nn.Module:
+    return build_model(settings.training.model, len(class_names), settings.data.image_size, settings.run.seed)

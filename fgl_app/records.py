@@ -4,39 +4,71 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
+from safetensors.torch import load, save
 
 from fgl_app.errors import PromptError
 from fgl_app.prompts import MAX_PROMPT_CHARS, PromptCount, is_printable
 from fgl_app.training import Evaluation
 
 PROMPTS_MESSAGE = "query.prompts"
+PLACE_MESSAGE = "query.place"
 ARRAYS, CONFIG, METRICS, PROMPTS, CLIENT = "arrays", "config", "metrics", "prompts", "client"
 NUM_EXAMPLES = "num-examples"
+EQUAL_WEIGHT = "equal-weight"
+"""Metric that is 1 for every client: the weight of the unweighted mean (FGL, Eq. 4)."""
 PARTITION_ID = "partition-id"
-PAYLOAD = "payload"
+PAYLOAD, EMBEDDINGS = "payload", "embeddings"
+CLASS_NAMES = "class-names"
 
 MAX_PROMPTS = 1_000_000
 MAX_PAYLOAD_BYTES = 32 * 2**20
 """Largest decompressed payload of one client."""
+MAX_CLASSES, MAX_NAME_CHARS = 10_000, 100
 
 
-def encode_prompts(prompts: Sequence[PromptCount]) -> bytes:
-    """Pack prompts for the upload: zlib-compressed UTF-8 JSON, ``[[label, count, prompt], ...]``."""
-    rows = [[item.label, item.count, item.prompt] for item in prompts]
+@dataclass(frozen=True)
+class Upload:
+    """What one client uploads in the prompt round."""
+
+    prompts: Sequence[PromptCount]
+    """Distinct prompts with counts; labels index :attr:`class_names`."""
+    class_names: tuple[str, ...]
+    """The label space: the run's, or the client's own where the run has none yet."""
+    embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """At the level of embeddings: float16 ``[T, D]`` by the name that stands in the place of a prompt's text."""
+
+
+def encode_prompts(upload: Upload) -> bytes:
+    """Pack prompts for the upload: zlib-compressed UTF-8 JSON, ``[[class name, count, prompt(, domain)], ...]``."""
+    rows = [
+        [upload.class_names[item.label], item.count, item.prompt, *([item.domain] if item.domain else [])]
+        for item in upload.prompts
+    ]
     return zlib.compress(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode(), 9)
 
 
-def decode_prompts(payload: bytes, num_classes: int) -> list[PromptCount]:
+@dataclass(frozen=True)
+class NamedPrompt:
+    """A prompt as it arrives: its class by name, not yet a label."""
+
+    class_name: str
+    prompt: str
+    count: int
+    domain: str
+
+
+def decode_prompts(payload: bytes) -> list[NamedPrompt]:
     """Unpack and check what a client uploaded; clients are not trusted.
 
     Args:
         payload: Bytes as :func:`encode_prompts` makes them.
-        num_classes: Number of classes K; labels must lie in 0 to K - 1.
 
     Raises:
         PromptError: If anything is malformed, too large or out of range. The message holds no prompt.
@@ -51,27 +83,60 @@ def decode_prompts(payload: bytes, num_classes: int) -> list[PromptCount]:
         raise PromptError("A client's prompts must be zlib-compressed UTF-8 JSON, but cannot be read.") from None
     if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_PROMPTS:
         raise PromptError(f"A client must send 1 to {MAX_PROMPTS} distinct prompts.")
-    prompts = [_checked_row(row, num_classes) for row in rows]
-    if len({(item.label, item.prompt) for item in prompts}) < len(prompts):
+    prompts = [_checked_row(row) for row in rows]
+    if len({(item.class_name, item.prompt, item.domain) for item in prompts}) < len(prompts):
         raise PromptError("A client's prompts must be distinct within a class, but one is repeated.")
     return prompts
 
 
-def _checked_row(row: object, num_classes: int) -> PromptCount:
+def _checked_row(row: object) -> NamedPrompt:
     match row:
-        case [int(label), int(count), str(prompt)] if not isinstance(label, bool) and not isinstance(count, bool):
-            pass
+        case [str(name), int(count), str(prompt), *rest] if not isinstance(count, bool) and len(rest) <= 1:
+            domain = rest[0] if rest else ""
         case _:
-            raise PromptError("Each prompt of a client must be [label, count, text].")
-    if not 0 <= label < num_classes:
-        raise PromptError(f"A prompt's label must be 0 to {num_classes - 1}, but is {label}.")
+            raise PromptError("Each prompt of a client must be [class name, count, text] or have a domain behind them.")
+    if not isinstance(domain, str) or len(domain) > MAX_NAME_CHARS:
+        raise PromptError(f"A prompt's domain must be a name of at most {MAX_NAME_CHARS} characters.")
+    if not 1 <= len(name) <= MAX_NAME_CHARS:
+        raise PromptError(f"A class name must have 1 to {MAX_NAME_CHARS} characters, but one has {len(name)}.")
     if not 1 <= count <= 10**9:
         raise PromptError("A prompt's count must be 1 to 1,000,000,000.")
     if not 1 <= len(prompt) <= MAX_PROMPT_CHARS:
         raise PromptError(f"A prompt must have 1 to {MAX_PROMPT_CHARS} characters, but one has {len(prompt)}.")
-    if not all(map(is_printable, prompt)):
+    if not all(map(is_printable, name + prompt + domain)):
         raise PromptError("A prompt must hold printable characters only.")
-    return PromptCount(label, prompt, count)
+    return NamedPrompt(name, prompt, count, domain)
+
+
+def label_prompts(
+    named: Iterable[NamedPrompt], class_names: Sequence[str], domains: Sequence[str] = ()
+) -> list[PromptCount]:
+    """Turn class names into labels of the run's label space.
+
+    Raises:
+        PromptError: If a class or a domain is none of the run's.
+    """
+    labels = {name: label for label, name in enumerate(class_names)}
+    prompts = []
+    for item in named:
+        if item.class_name not in labels:
+            raise PromptError(f"A prompt's class must be one of the run's {len(class_names)} classes, but one is not.")
+        if item.domain and item.domain not in domains:
+            raise PromptError("A prompt's domain must be one of the card's, but one is not.")
+        prompts.append(PromptCount(labels[item.class_name], item.prompt, item.count, item.domain))
+    return prompts
+
+
+def union_of_classes(uploads: Iterable[Iterable[NamedPrompt]]) -> tuple[str, ...]:
+    """Form the label space as the union of the clients' class names, in alphabetical order.
+
+    Raises:
+        PromptError: If there are fewer than two classes, or absurdly many.
+    """
+    names = tuple(sorted({item.class_name for upload in uploads for item in upload}))
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise PromptError(f"The clients must hold 2 to {MAX_CLASSES} different classes, but hold {len(names)}.")
+    return names
 
 
 def client_record(partition_id: int) -> ConfigRecord:
@@ -79,11 +144,14 @@ def client_record(partition_id: int) -> ConfigRecord:
     return ConfigRecord({PARTITION_ID: partition_id})
 
 
-def prompts_reply(prompts: Sequence[PromptCount], num_examples: int, partition_id: int) -> RecordDict:
+def prompts_reply(upload: Upload, num_examples: int, partition_id: int) -> RecordDict:
     """Build the content of a client's answer to :data:`PROMPTS_MESSAGE`."""
+    record = ConfigRecord({PAYLOAD: encode_prompts(upload)})
+    if upload.embeddings:
+        record[EMBEDDINGS] = save(dict(upload.embeddings))
     return RecordDict(
         {
-            PROMPTS: ConfigRecord({PAYLOAD: encode_prompts(prompts)}),
+            PROMPTS: record,
             METRICS: MetricRecord({NUM_EXAMPLES: num_examples}),
             CLIENT: client_record(partition_id),
         }
@@ -103,18 +171,55 @@ def payload_of(message: Message) -> bytes:
     return payload
 
 
+def embeddings_of(message: Message, named: Iterable[NamedPrompt]) -> tuple[dict[str, torch.Tensor], int]:
+    """Return and check the embeddings of a client's reply, and their size in bytes.
+
+    Args:
+        message: The reply.
+        named: The prompts of the same reply; each must be the name of an embedding.
+
+    Raises:
+        PromptError: If embeddings are absent, not float16 ``[T, D]`` of finite numbers, or not those that are named.
+    """
+    record = message.content.get(PROMPTS)
+    packed = record.get(EMBEDDINGS) if isinstance(record, ConfigRecord) else None
+    if not isinstance(packed, bytes) or len(packed) > MAX_PAYLOAD_BYTES:
+        raise PromptError(f"A client's reply must hold at most {MAX_PAYLOAD_BYTES} bytes under {PROMPTS}/{EMBEDDINGS}.")
+    try:
+        tensors = load(packed)
+    except Exception:  # safetensors raises an exception class of its own
+        raise PromptError("A client's embeddings must be safetensors, but cannot be read.") from None
+    for tensor in tensors.values():
+        if tensor.dtype != torch.float16 or tensor.dim() != 2 or not 1 <= len(tensor) <= 1024:
+            raise PromptError("A client's embedding must be float16 [T, D] with T from 1 to 1024.")
+        if not torch.isfinite(tensor).all():
+            raise PromptError("A client's embedding must hold finite numbers only.")
+    if len({tensor.shape[1] for tensor in tensors.values()}) != 1:
+        raise PromptError("A client's embeddings must all have the width of the generator's text encoder.")
+    if {item.prompt for item in named} != set(tensors):
+        raise PromptError("Each prompt of a client must name one of its embeddings, and each embedding be named.")
+    return tensors, len(packed)
+
+
 def reply_order(message: Message) -> tuple[int, int]:
     """Sort key of a reply: the partition id where the client sent one, then the node id."""
+    place = place_of(message)
+    return (2**62 if place is None else place, message.metadata.src_node_id)
+
+
+def place_of(message: Message) -> int | None:
+    """Return the partition id that a client sent, or None."""
     record = message.content.get(CLIENT) if message.has_content() else None
     partition_id = record.get(PARTITION_ID) if isinstance(record, ConfigRecord) else None
-    return (partition_id if isinstance(partition_id, int) else 2**62, message.metadata.src_node_id)
+    return partition_id if isinstance(partition_id, int) else None
 
 
 def evaluation_metrics(validation: Evaluation, test: Evaluation) -> MetricRecord:
-    """Build a client's answer to ``evaluate``: sums over its images, which the server divides."""
+    """Build a client's answer to ``evaluate``: means over its images with their numbers."""
     return MetricRecord(
         {
             NUM_EXAMPLES: test.num_examples,
+            EQUAL_WEIGHT: 1,
             "loss": test.loss,
             "accuracy": test.accuracy,
             "num-validation": validation.num_examples,
@@ -128,7 +233,8 @@ def mean_evaluation(contents: list[RecordDict], weighted_by_key: str) -> MetricR
 
     Args:
         contents: Replies as :func:`evaluation_metrics` makes them.
-        weighted_by_key: Key of the number of test images; Flower passes it.
+        weighted_by_key: Key of the clients' weights in the aggregation, which Flower passes; an accuracy over all
+            images is weighted by their numbers in any case.
     """
     records = [next(iter(content.metric_records.values())) for content in contents]
 
@@ -139,8 +245,8 @@ def mean_evaluation(contents: list[RecordDict], weighted_by_key: str) -> MetricR
 
     return MetricRecord(
         {
-            "loss": mean("loss", weighted_by_key),
-            "accuracy": mean("accuracy", weighted_by_key),
+            "loss": mean("loss", NUM_EXAMPLES),
+            "accuracy": mean("accuracy", NUM_EXAMPLES),
             "validation_accuracy": mean("validation_accuracy", "num-validation"),
         }
     )

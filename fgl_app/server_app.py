@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from logging import ERROR, INFO
 from typing import Any, cast
 
-from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import Strategy
+from sklearn.metrics import confusion_matrix
 
 from fgl_app.config import Settings, check_model_source, parse_run_config
 from fgl_app.data.images import ImageSet
-from fgl_app.data.sources import class_names_of, digits_split, load_held_out
+from fgl_app.data.sources import client_rows, load_held_out, load_split
 from fgl_app.errors import FGLError, RoundError
 from fgl_app.models import check_model
-from fgl_app.phases import Stopwatch, draw_plan, draw_synthetic_set, evaluator, initial_arrays, resolve, train_on_server
-from fgl_app.prompts import PromptCount
-from fgl_app.records import mean_evaluation
+from fgl_app.phases import (
+    Stopwatch,
+    draw_plan,
+    draw_synthetic_set,
+    evaluator,
+    initial_arrays,
+    parameter_names,
+    resolve,
+    train_on_server,
+    write_server_prompts,
+)
+from fgl_app.prompts import MergedPrompts
+from fgl_app.records import CLASS_NAMES
 from fgl_app.reporting.results import summarize
 from fgl_app.reporting.run_folder import RunFolder
+from fgl_app.reporting.trackers import Tracker, open_trackers
 from fgl_app.store import UnitStore
 from fgl_app.synthesis.launch import SynthesisReport
-from fgl_app.training import check_device
+from fgl_app.training import Evaluation, accuracy_by_domain, check_device
 from strategies import FGL, CheckedRounds
+from strategies.inner import build_inner
 from strategies.rounds import Traffic
 
 app = ServerApp()
@@ -47,17 +60,30 @@ def check_settings(settings: Settings) -> Settings:
     """Check what the settings name outside themselves, before anything is computed.
 
     Raises:
-        ConfigError: If the device is absent, the classifier is unknown or cannot take the images, or the generator or
-            a captioner of the hub cannot be found.
+        ConfigError: If the device is absent, the classifier is unknown or cannot take the images, the initial weights
+            do not fit, the strategy does not exist, or a foundation model of the hub cannot be found.
+        DataError: If the data set cannot be read or divided over the clients.
     """
     check_device(settings.run.device)
-    check_model(settings.training.model, len(class_names_of(settings.data)), settings.data.image_size)
+    names = settings.card.class_names() or ("", "")  # of a union of the clients' classes only the number will differ
+    check_model(settings.training.model, len(names), settings.data.image_size)
+    if settings.training.initial_weights != "random":
+        initial_arrays(settings, names)
+    _inner_strategy(settings)
+    open_trackers(settings, None)
     prompts, synthesis = settings.prompts, settings.synthesis
-    if settings.run.method == "fgl":
+    if settings.synthesizes:
         check_model_source("generator", synthesis.generator, synthesis.generator_revision, "model_index.json")
         # A folder with a captioner lies on the clients, which check it themselves.
-        if prompts.prompt_level == "instance" and not prompts.captioner.startswith(("/", "~")):
+        asked = not settings.prompts_from_server and prompts.prompt_level != "class"
+        if asked and not prompts.captioner.startswith(("/", "~")):
             check_model_source("captioner", prompts.captioner, prompts.captioner_revision, "config.json")
+        if settings.prompts_from_server and prompts.prompt_writer != "templates":
+            check_model_source("prompt-writer", prompts.prompt_writer, prompts.prompt_writer_revision, "config.json")
+    if not settings.own_folders:
+        load_held_out(settings.card, settings.data)
+        if settings.run.method != "centralized":
+            client_rows(settings.card, settings.data, settings.run.num_clients, settings.run.seed)
     return settings
 
 
@@ -66,12 +92,29 @@ def run(grid: Grid, settings: Settings) -> None:
     folder = RunFolder(settings, resolve(settings))
     log(INFO, "run folder: %s", folder.path)
     session = Session(settings, folder)
-    if settings.run.method == "centralized":
-        session.train_centrally()
-    else:
-        session.train_federated(grid)
-    path = folder.write_results(session.results())
+    try:
+        if settings.run.method == "centralized":
+            session.train_centrally()
+        else:
+            session.train_federated(grid)
+        path = folder.write_results(session.results())
+    finally:
+        for tracker in session.trackers:
+            tracker.close()
     log(INFO, "final accuracy %.4f; results: %s", session.rounds[-1]["accuracy"], path)
+
+
+def _inner_strategy(settings: Settings) -> Strategy:
+    """Build the strategy of the rounds; see :func:`strategies.inner.build_inner`."""
+    num_clients, training = settings.run.num_clients, settings.training
+    return build_inner(
+        training.strategy,
+        training.strategy_options,
+        num_selected=math.ceil(training.fraction_train * num_clients),
+        num_clients=num_clients,
+        weighting=training.weighting,
+        evaluate_on_clients=settings.own_folders,
+    )
 
 
 @dataclass
@@ -83,47 +126,47 @@ class Session:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     """Metrics of the finished rounds."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    trackers: list[Tracker] = field(default_factory=list)
+    class_names: tuple[str, ...] = ()
+    """The run's K classes; empty until the clients have said theirs, if the run unites them."""
     synthesis: SynthesisReport | None = None
     store_hash: str | None = None
     prompts_upload: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         """Find the finished rounds of earlier starts."""
+        self.class_names = self.settings.card.class_names()
         self.rounds = self.folder.finished_rounds()[: self.settings.run.num_server_rounds]
+        self.trackers = open_trackers(self.settings, self.folder.path)
         self._round_started = time.monotonic()
         if self.rounds:
             log(INFO, "resuming: %s rounds of this run are finished", len(self.rounds))
 
     def train_centrally(self) -> None:
         """Baseline: each round is ``local-epochs`` epochs on all real training images in one place."""
-        data = digits_split(self.settings.data, "train")
-        evaluate = evaluator(self.settings, load_held_out(self.settings.data))
+        data = load_split(self.settings.card, self.settings.data, "train")
+        evaluate = evaluator(self.settings, self.class_names, load_held_out(self.settings.card, self.settings.data))
         arrays = self._first_arrays()
         for number in range(len(self.rounds) + 1, self.settings.run.num_server_rounds + 1):
             arrays = train_on_server(
-                self.settings, arrays, data, epochs=self.settings.training.local_epochs, scope=("centralized", number)
+                self.settings,
+                self.class_names,
+                arrays,
+                data,
+                epochs=self.settings.training.local_epochs,
+                scope=("centralized", number),
             )
-            validation, test = evaluate(arrays)
-            self._finish_round(
-                number, "centralized", arrays, test.accuracy, test.loss, validation.accuracy, model_upload_bytes=0
-            )
+            self._finish_round(number, "centralized", arrays, self._measured(number, *evaluate(arrays)), {})
 
     def train_federated(self, grid: Grid) -> None:
-        """Run FedAvg rounds, for method ``fgl`` after the prompt round and the server's phase."""
+        """Run the inner strategy's rounds, for ``fgl`` and ``gpt-fl`` after the server's phase."""
         run_settings = self.settings.run
-        fgl = run_settings.method == "fgl"
         done = len(self.rounds)
-        central = self.settings.data.dataset == "digits"
-        inner = FedAvg(
-            fraction_evaluate=0.0 if central else 1.0,
-            min_train_nodes=run_settings.num_clients,
-            min_evaluate_nodes=0 if central else run_settings.num_clients,
-            min_available_nodes=run_settings.num_clients,
-            evaluate_metrics_aggr_fn=mean_evaluation,
-        )
-        strategy = self._fgl(inner, done) if fgl else self._checked(inner, done)
+        fgl = self.settings.synthesizes
+        strategy = self._fgl(done) if fgl else self._checked(done)
         # FGL counts its own rounds from 1; the loop of plain rounds counts from the first one that is left.
         offset = 0 if fgl else done
+        label_space = ConfigRecord({CLASS_NAMES: list(self.class_names)}) if self.class_names else ConfigRecord()
         self._round_started = time.monotonic()
         with self.stopwatch.measure("total"):
             strategy.start(
@@ -131,6 +174,8 @@ class Session:
                 initial_arrays=self._first_arrays(),
                 num_rounds=run_settings.num_server_rounds - offset,
                 timeout=run_settings.round_timeout_s,
+                train_config=label_space,
+                evaluate_config=ConfigRecord(dict(label_space)),
                 evaluate_fn=self._evaluate_fn(strategy, offset),
             )
 
@@ -146,48 +191,62 @@ class Session:
         )
 
     def _first_arrays(self) -> ArrayRecord:
-        return self.folder.load_arrays(len(self.rounds)) if self.rounds else initial_arrays(self.settings)
+        if self.rounds:
+            return self.folder.load_arrays(len(self.rounds))
+        # The classes may be known only after the prompt round; the server's phase then makes the first weights.
+        return initial_arrays(self.settings, self.class_names) if self.class_names else ArrayRecord()
 
-    def _checked(self, inner: FedAvg, done: int) -> CheckedRounds:
-        return CheckedRounds(
-            inner,
-            num_clients=self.settings.run.num_clients,
-            connect_timeout_s=self.settings.run.connect_timeout_s,
-            rounds_done=done,
-        )
+    def _common(self, done: int) -> dict[str, Any]:
+        return {
+            "num_clients": self.settings.run.num_clients,
+            "fraction_train": self.settings.training.fraction_train,
+            "seed": self.settings.run.seed,
+            "parameters": parameter_names(self.settings, self.class_names) if self.class_names else None,
+            "connect_timeout_s": self.settings.run.connect_timeout_s,
+            "rounds_done": done,
+        }
 
-    def _fgl(self, inner: FedAvg, done: int) -> FGL:
-        earlier = self.folder.load_prompts()
-        if earlier is not None:
-            prompts, self.prompts_upload = earlier
-            log(INFO, "resuming: %s distinct prompts of this run are reused", len(prompts))
-        training = self.settings.training
+    def _checked(self, done: int) -> CheckedRounds:
+        return CheckedRounds(_inner_strategy(self.settings), **self._common(done))
+
+    def _fgl(self, done: int) -> FGL:
+        merged = None
+        if (earlier := self.folder.load_prompts()) is not None:
+            merged, self.prompts_upload = earlier
+            self.class_names = merged.class_names
+            log(INFO, "resuming: %s distinct prompts of this run are reused", len(merged.prompts))
+        elif self.settings.prompts_from_server:
+            with self.stopwatch.measure("prompts"):
+                merged = write_server_prompts(self.settings)
+            self.folder.save_prompts(merged, None)
         strategy = FGL(
-            inner,
-            num_classes=len(class_names_of(self.settings.data)),
-            num_clients=self.settings.run.num_clients,
+            _inner_strategy(self.settings),
+            class_names=self.class_names,
+            domains=self.settings.card.domains,
+            with_embeddings=self.settings.prompts.prompt_level == "embedding",
             synthesize=self._synthesize,
             pretrain=self._pretrain,
-            finetune=self._finetune if training.server_finetune_epochs else None,
-            prompts=earlier[0] if earlier is not None else None,
-            on_prompts=lambda merged: self._keep_prompts(merged, strategy.traffic),
-            connect_timeout_s=self.settings.run.connect_timeout_s,
-            rounds_done=done,
+            finetune=self._finetune if self.settings.training.server_finetune_epochs else None,
+            prompts=merged,
+            on_prompts=lambda found: self._keep_prompts(found, strategy.traffic),
+            **self._common(done),
         )
         return strategy
 
-    def _keep_prompts(self, merged: Sequence[PromptCount], traffic: Traffic) -> None:
+    def _keep_prompts(self, merged: MergedPrompts, traffic: Traffic) -> None:
         self.stopwatch.seconds["prompts"] = time.monotonic() - self._round_started
+        self.class_names = merged.class_names
         self.prompts_upload = {
             "payload": max(traffic.prompt_payload_bytes),
             "message": max(traffic.prompt_bytes),
+            "all_messages": sum(traffic.prompt_bytes),
             "clients_asked": traffic.num_asked_for_prompts,
             "clients_used": len(traffic.prompt_bytes),
         }
         self.folder.save_prompts(merged, self.prompts_upload)
 
-    def _synthesize(self, prompts: Sequence[PromptCount]) -> ImageSet:
-        plan = draw_plan(self.settings, prompts)
+    def _synthesize(self, merged: MergedPrompts) -> ImageSet:
+        plan = draw_plan(self.settings, merged, self.folder.embeddings)
         with self.stopwatch.measure("synthesis"):
             images, self.synthesis = draw_synthetic_set(plan, self.folder, self.settings.data.image_size)
         self.store_hash = UnitStore(self.folder.synthetic).content_hash([unit.unit_id for unit in plan.units()])
@@ -196,13 +255,19 @@ class Session:
     def _pretrain(self, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:
         with self.stopwatch.measure("pretraining"):
             return train_on_server(
-                self.settings, arrays, images, epochs=self.settings.training.server_epochs, scope=("pretraining",)
+                self.settings,
+                self.class_names,
+                arrays if len(arrays) else initial_arrays(self.settings, self.class_names),
+                images,
+                epochs=self.settings.training.server_epochs,
+                scope=("pretraining",),
             )
 
     def _finetune(self, server_round: int, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:
         with self.stopwatch.measure("finetuning"):
             return train_on_server(
                 self.settings,
+                self.class_names,
                 arrays,
                 images,
                 epochs=self.settings.training.server_finetune_epochs,
@@ -212,45 +277,55 @@ class Session:
     def _evaluate_fn(self, strategy: CheckedRounds, offset: int) -> Callable[[int, ArrayRecord], MetricRecord | None]:
         """Return Flower's ``evaluate_fn``: measure a finished round and keep it; ``offset`` rounds are not counted."""
         central = None
-        if self.settings.data.dataset == "digits":
-            central = evaluator(self.settings, load_held_out(self.settings.data))
+        if not self.settings.own_folders:
+            held_out = load_held_out(self.settings.card, self.settings.data)
+            central = evaluator(self.settings, self.class_names, held_out)
 
         def evaluate(counted: int, arrays: ArrayRecord) -> MetricRecord | None:
             number = offset + counted
             if number <= len(self.rounds):  # round 0, or the last round of an earlier start
                 return None
             if central is not None:
-                validation, test = central(arrays)
-                accuracy, loss, validation_accuracy = test.accuracy, test.loss, validation.accuracy
+                measured = self._measured(number, *central(arrays))
             else:
                 metrics = strategy.client_metrics[number]
-                accuracy, loss = cast(float, metrics["accuracy"]), cast(float, metrics["loss"])
-                validation_accuracy = cast(float, metrics["validation_accuracy"])
-            phase = "one-shot" if self.settings.run.method == "fgl" and number == 1 else "fedavg"
-            sizes = strategy.traffic.model_bytes
-            self._finish_round(
-                number, phase, arrays, accuracy, loss, validation_accuracy,
-                model_upload_bytes=round(sum(sizes) / len(sizes)) if sizes else 0,
-            )  # fmt: skip
-            return MetricRecord({"accuracy": accuracy, "loss": loss, "validation_accuracy": validation_accuracy})
+                measured = {key: cast(float, metrics[key]) for key in ("accuracy", "loss", "validation_accuracy")}
+            phase = "one-shot" if self.settings.synthesizes and number == 1 else "federated"
+            sizes = strategy.traffic.model_bytes.get(number, [])
+            prompts_upload = (self.prompts_upload or {}).get("all_messages", 0) if number == 1 else 0
+            sent = {
+                "model_upload_bytes": round(sum(sizes) / len(sizes)) if sizes else 0,
+                "upload_bytes": sum(sizes) + prompts_upload,
+                "clients": len(sizes),
+                **strategy.update_metrics.get(number, {}),
+            }
+            self._finish_round(number, phase, arrays, measured, sent)
+            return MetricRecord({key: cast(float, measured[key]) for key in ("accuracy", "loss")})
 
         return evaluate
 
+    def _measured(self, number: int, validation: Evaluation, test: Evaluation) -> dict[str, Any]:
+        """Return the measures of a round on the common held-out images, and keep its confusion matrix."""
+        data = load_held_out(self.settings.card, self.settings.data).test
+        labels = range(len(self.class_names))
+        confusion = confusion_matrix(data.labels.numpy(), test.predictions.numpy(), labels=list(labels))
+        self.folder.save_confusion(self.class_names, confusion.tolist(), number)
+        by_domain = accuracy_by_domain(test.predictions, data, self.settings.card.domains)
+        macro = {"accuracy_macro": sum(by_domain.values()) / len(by_domain), "domain_accuracy": by_domain}
+        return {
+            "accuracy": test.accuracy,
+            "loss": test.loss,
+            "validation_accuracy": validation.accuracy,
+            **(macro if by_domain else {}),
+        }
+
     def _finish_round(
-        self,
-        number: int,
-        phase: str,
-        arrays: ArrayRecord,
-        accuracy: float,
-        loss: float,
-        validation_accuracy: float,
-        *,
-        model_upload_bytes: int,
+        self, number: int, phase: str, arrays: ArrayRecord, measured: Mapping[str, Any], sent: Mapping[str, Any]
     ) -> None:
-        if not math.isfinite(loss):
+        if not math.isfinite(measured["loss"]):
             raise RoundError(
-                f"The loss after round {number} must be finite, but is {loss}. Use a smaller `learning-rate` or "
-                "`server-learning-rate`."
+                f"The loss after round {number} must be finite, but is {measured['loss']}. Use a smaller "
+                "`learning-rate` or `server-learning-rate`."
             )
         now = time.monotonic()
         if phase != "one-shot":  # whose parts are prompts, synthesis and pretraining
@@ -258,13 +333,13 @@ class Session:
         row = {
             "round": number,
             "phase": phase,
-            "accuracy": accuracy,
-            "loss": loss,
-            "validation_accuracy": validation_accuracy,
-            "model_upload_bytes": model_upload_bytes,
+            **measured,
+            **{"model_upload_bytes": 0, "upload_bytes": 0, **sent},
             "seconds": round(now - self._round_started, 3),
         }
         self._round_started = now
         self.folder.save_round(row, arrays)
         self.rounds.append(row)
-        log(INFO, "round %s (%s): accuracy %.4f, loss %.4f", number, phase, accuracy, loss)
+        for tracker in self.trackers:
+            tracker.log(number, {key: value for key, value in row.items() if isinstance(value, int | float)})
+        log(INFO, "round %s (%s): accuracy %.4f, loss %.4f", number, phase, measured["accuracy"], measured["loss"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ class Evaluation:
     accuracy: float
     """Share of correct predictions, 0 to 1."""
     num_examples: int
+    predictions: torch.Tensor
+    """Predicted class of each image, int64 ``[N]``."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,6 +58,7 @@ def train(
     weight_decay: float,
     augmentation: str,
     schedule: str = "constant",
+    proximal_mu: float = 0.0,
     generator: torch.Generator,
     device: torch.device,
     on_epoch: Callable[[int, float], None] | None = None,
@@ -72,6 +75,8 @@ def train(
         augmentation: ``none``, ``crop`` or ``crop-flip``.
         schedule: ``constant``, or ``cosine``: the step size falls to zero along half a cosine (Loshchilov & Hutter
             2017, Eq. 5, without restarts), so that the end does not depend on the noise of the last steps.
+        proximal_mu: Weight of the squared distance to the initial weights, of which half is added to the loss; 0 for
+            none.
         generator: CPU generator of the order and the crops.
         device: Where to train.
         on_epoch: Called with the number of finished epochs and their last mean loss.
@@ -88,6 +93,7 @@ def train(
         optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=weight_decay)
         total_steps = epochs * math.ceil(len(data) / batch_size)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps) if schedule == "cosine" else None
+        anchor = [weight.detach().clone() for weight in model.parameters()] if proximal_mu > 0 else []
         mean_loss = math.nan
         for epoch in range(epochs):
             total = torch.zeros((), device=device)
@@ -98,6 +104,9 @@ def train(
                 loss = F.cross_entropy(_logits(model, pixels), labels[chosen.to(device)])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                for weight, first in zip(model.parameters(), anchor, strict=bool(anchor)):
+                    if weight.grad is not None:
+                        weight.grad.add_(weight.detach() - first, alpha=proximal_mu)
                 optimizer.step()
                 if decay is not None:
                     decay.step()
@@ -112,17 +121,28 @@ def train(
 def evaluate(model: nn.Module, data: ImageSet, device: torch.device) -> Evaluation:
     """Measure loss and accuracy of a classifier; an empty set gives zeros."""
     if len(data) == 0:
-        return Evaluation(0.0, 0.0, 0)
+        return Evaluation(0.0, 0.0, 0, torch.zeros(0, dtype=torch.int64))
     # As above: no overload for the pair.
     network = copy.deepcopy(model).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    loss, correct = 0.0, 0
+    loss, predictions = 0.0, []
     with torch.inference_mode():
         for start in range(0, len(data), _EVALUATION_BATCH):
             labels = data.labels[start : start + _EVALUATION_BATCH].to(device)
             logits = network(normalize(data.images[start : start + _EVALUATION_BATCH].to(device)))
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += int((logits.argmax(1) == labels).sum())
-    return Evaluation(loss / len(data), correct / len(data), len(data))
+            predictions.append(logits.argmax(1).cpu())
+    predicted = torch.cat(predictions)
+    accuracy = int((predicted == data.labels).sum()) / len(data)
+    return Evaluation(loss / len(data), accuracy, len(data), predicted)
+
+
+def accuracy_by_domain(predictions: torch.Tensor, data: ImageSet, domains: Sequence[str]) -> dict[str, float]:
+    """Return the share of correct predictions, 0 to 1, in each domain that has images; empty without domains."""
+    if data.domains is None:
+        return {}
+    right = predictions == data.labels
+    rows = {name: data.domains == number for number, name in enumerate(domains)}
+    return {name: float(right[mask].float().mean()) for name, mask in rows.items() if mask.any()}
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from logging import INFO, WARNING
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -12,11 +13,21 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import PromptError, RoundError
-from fgl_app.prompts import PromptCount, merge_prompts
-from fgl_app.records import CONFIG, PROMPTS_MESSAGE, decode_prompts, payload_of, serialized_bytes
+from fgl_app.prompts import MergedPrompts, merge_prompts
+from fgl_app.records import (
+    CLASS_NAMES,
+    CONFIG,
+    PROMPTS_MESSAGE,
+    decode_prompts,
+    embeddings_of,
+    label_prompts,
+    payload_of,
+    serialized_bytes,
+    union_of_classes,
+)
 from strategies.rounds import CheckedRounds
 
-Synthesize = Callable[[Sequence[PromptCount]], ImageSet]
+Synthesize = Callable[[MergedPrompts], ImageSet]
 Pretrain = Callable[[ArrayRecord, ImageSet], ArrayRecord]
 Finetune = Callable[[int, ArrayRecord, ImageSet], ArrayRecord]
 
@@ -29,13 +40,19 @@ class FGL(CheckedRounds):
 
     Args:
         inner: Strategy of rounds 2 to R; ``FedAvg()`` if None.
-        num_classes: Number of classes K; the label of a prompt must lie in 0 to K - 1.
+        class_names: The K classes; empty for the union of the clients' classes.
         num_clients: Clients that must be connected when an exchange begins.
+        domains: Names of the domains that prompts may have.
+        with_embeddings: Whether prompts are names of embeddings, which come along.
         synthesize: Draws the synthetic set from the merged prompts.
         pretrain: Trains the initial weights on the synthetic set (FGL, Section 3.3; its result is the one-shot model).
         finetune: Trains the aggregated weights of a round on the synthetic set ("R-round-syn"); None for none.
-        prompts: Merged prompts of an earlier start of this run; the clients are then not asked again.
+        prompts: Merged prompts of an earlier start of this run, or those that the server wrote itself (GPT-FL); then no
+            client is asked.
         on_prompts: Called with the merged prompts as soon as they are complete.
+        fraction_train: Share of the clients that train in a round.
+        seed: Seed of their draw.
+        parameters: Names of the arrays that are trained.
         connect_timeout_s: Seconds to wait for the clients.
         rounds_done: 0, or the finished rounds of an earlier start; with 1 or more, ``start()`` takes their weights as
             its initial arrays and neither pre-trains nor evaluates them again.
@@ -45,13 +62,18 @@ class FGL(CheckedRounds):
         self,
         inner: Strategy | None = None,
         *,
-        num_classes: int,
+        class_names: Sequence[str],
         num_clients: int,
+        domains: Sequence[str] = (),
+        with_embeddings: bool = False,
         synthesize: Synthesize,
         pretrain: Pretrain,
         finetune: Finetune | None = None,
-        prompts: Sequence[PromptCount] | None = None,
-        on_prompts: Callable[[Sequence[PromptCount]], None] | None = None,
+        prompts: MergedPrompts | None = None,
+        on_prompts: Callable[[MergedPrompts], None] | None = None,
+        fraction_train: float = 1.0,
+        seed: int = 0,
+        parameters: Collection[str] | None = None,
         connect_timeout_s: float = 120.0,
         rounds_done: int = 0,
     ) -> None:
@@ -59,10 +81,15 @@ class FGL(CheckedRounds):
         super().__init__(
             inner if inner is not None else FedAvg(),
             num_clients=num_clients,
+            fraction_train=fraction_train,
+            seed=seed,
+            parameters=parameters,
             connect_timeout_s=connect_timeout_s,
             rounds_done=rounds_done,
         )
-        self._num_classes = num_classes
+        self._class_names = tuple(class_names)
+        self._domains = tuple(domains)
+        self._with_embeddings = with_embeddings
         self._synthesize = synthesize
         self._pretrain = pretrain
         self._finetune = finetune
@@ -103,11 +130,15 @@ class FGL(CheckedRounds):
             prompts = self.collect_prompts(grid, timeout)
             if self._on_prompts is not None:
                 self._on_prompts(prompts)
+        # Nodes that hold folders of their own learn from it what a label is.
+        label_space = {CLASS_NAMES: list(prompts.class_names)}
+        train_config = ConfigRecord({**(train_config or {}), **label_space})
+        evaluate_config = ConfigRecord({**(evaluate_config or {}), **label_space})
         arrays = initial_arrays
         self._synthetic = self._synthesize(prompts)
         if self.rounds_done == 0:
             arrays = self._pretrain(initial_arrays, self._synthetic)
-            self._evaluate_on_clients(grid, arrays, evaluate_config or ConfigRecord(), timeout)
+            self._evaluate_on_clients(grid, arrays, evaluate_config, timeout)
             self.rounds_done = 1
         result = super().start(
             grid,
@@ -122,7 +153,7 @@ class FGL(CheckedRounds):
             result.arrays = arrays
         return _renumbered(result, self.rounds_done)
 
-    def collect_prompts(self, grid: Grid, timeout: float) -> list[PromptCount]:
+    def collect_prompts(self, grid: Grid, timeout: float) -> MergedPrompts:
         """Ask every client for its prompts and merge them (FGL, Algorithm 1: the clients' part of round 1).
 
         Raises:
@@ -135,28 +166,38 @@ class FGL(CheckedRounds):
         replies = list(grid.send_and_receive(questions, timeout=timeout))
         if len(replies) < len(nodes):
             log(WARNING, "prompt round: %s of %s clients did not reply in time", len(nodes) - len(replies), len(nodes))
-        collected, refusals = [], set()
+        uploads, refusals = [], set()
+        embeddings: dict[str, torch.Tensor] = {}
         for reply in self.usable_replies("the prompt round", replies):
             if not reply.has_content():
                 continue
             try:
                 payload = payload_of(reply)
-                collected.append(decode_prompts(payload, self._num_classes))
+                named = decode_prompts(payload)
+                if self._class_names:  # a client that names others is refused alone
+                    label_prompts(named, self._class_names, self._domains)
+                payload_bytes = len(payload)
+                if self._with_embeddings:
+                    sent, size = embeddings_of(reply, named)
+                    embeddings |= sent
+                    payload_bytes += size
             except PromptError as error:
                 log(WARNING, "prompt round: refused the prompts of one client: %s", error)
                 refusals.add(str(error))
                 continue
+            uploads.append(named)
             self.traffic.prompt_bytes.append(serialized_bytes(reply))
-            self.traffic.prompt_payload_bytes.append(len(payload))
-        if not collected:
+            self.traffic.prompt_payload_bytes.append(payload_bytes)
+        if not uploads:
             raise RoundError(f"In the prompt round no client's prompts could be used: {' '.join(sorted(refusals))}")
         self.traffic.num_asked_for_prompts = len(nodes)
-        merged = merge_prompts(collected)
-        absent = self._num_classes - len({item.label for item in merged})
+        class_names = self._class_names or union_of_classes(uploads)
+        merged = merge_prompts([label_prompts(named, class_names, self._domains) for named in uploads])
+        absent = len(class_names) - len({item.label for item in merged})
         if absent:
-            log(WARNING, "prompt round: no client sent a prompt of %s of %s classes", absent, self._num_classes)
-        log(INFO, "[ROUND 1] %s clients sent %s distinct prompts", len(collected), len(merged))
-        return merged
+            log(WARNING, "prompt round: no client sent a prompt of %s of %s classes", absent, len(class_names))
+        log(INFO, "[ROUND 1] %s clients sent %s distinct prompts", len(uploads), len(merged))
+        return MergedPrompts(tuple(merged), class_names, embeddings)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

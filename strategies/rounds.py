@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
+from typing import Any, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fgl_app.errors import ConfigError, DataError, FGLError, ModelError, PromptError, RoundError
-from fgl_app.records import reply_order, serialized_bytes
+from fgl_app.records import ARRAYS, PLACE_MESSAGE, place_of, reply_order, serialized_bytes
+from fgl_app.rng import numpy_generator
 
 _SENTENCES = {
     error.client_code: error.client_sentence for error in (FGLError, ConfigError, DataError, ModelError, PromptError)
@@ -25,8 +28,8 @@ _SENTENCES = {
 class Traffic:
     """Bytes that clients uploaded, counted on the serialized Flower messages."""
 
-    model_bytes: list[int] = field(default_factory=list)
-    """Size of each reply to a training message."""
+    model_bytes: dict[int, list[int]] = field(default_factory=dict)
+    """Size of each reply to the training messages of a round, by round."""
     num_asked_for_prompts: int = 0
     """Clients that were sent the prompt message."""
     prompt_bytes: list[int] = field(default_factory=list)
@@ -42,23 +45,43 @@ class CheckedRounds(Strategy):
     * Replies are put into the order of their partition ids, so that floating-point sums do not depend on who was first.
     * Integer buffers, such as BatchNorm's ``num_batches_tracked``, come back as integers. BatchNorm's running mean and
       variance are averaged like every other array (FGL, Eq. 4: the whole state dict).
+    * With ``fraction_train`` below 1 the clients of a round are drawn from the seed and the round's number; Flower
+      would draw them from a global generator and node ids that differ in every run.
     * Rounds are numbered on from ``rounds_done``, so that a resumed run sends the numbers it would have sent.
     """
 
     def __init__(
-        self, inner: Strategy, *, num_clients: int, connect_timeout_s: float = 120.0, rounds_done: int = 0
+        self,
+        inner: Strategy,
+        *,
+        num_clients: int,
+        fraction_train: float = 1.0,
+        seed: int = 0,
+        parameters: Collection[str] | None = None,
+        connect_timeout_s: float = 120.0,
+        rounds_done: int = 0,
     ) -> None:
         """Wrap ``inner``.
 
         Args:
             inner: Any Flower strategy.
             num_clients: Clients that must be connected when an exchange begins.
+            fraction_train: Share of the clients, rounded up, that train in a round; the inner strategy's own share
+                must be 1 and its least number of nodes at most as many.
+            seed: Seed of their draw.
+            parameters: Names of the arrays that are trained, which alone count in the diversity of updates; None for
+                all. BatchNorm's statistics are none.
             connect_timeout_s: Seconds to wait for them; Flower's own strategies would wait for ever.
             rounds_done: Rounds that came before the first one.
         """
         self.inner = inner
         self.rounds_done = rounds_done
         self._num_clients = num_clients
+        self._fraction_train = fraction_train
+        self._seed = seed
+        self._parameters = parameters
+        self._places: dict[int, int] = {}
+        self._sent: ArrayRecord | None = None
         self._connect_timeout_s = connect_timeout_s
         self._num_asked_to_evaluate = 0
         self.traffic = Traffic()
@@ -66,6 +89,8 @@ class CheckedRounds(Strategy):
         """What the inner strategy made of the clients' training metrics, by round."""
         self.client_metrics: dict[int, MetricRecord] = {}
         """What the inner strategy made of the clients' evaluation metrics, by round."""
+        self.update_metrics: dict[int, dict[str, float]] = {}
+        """Diversity and drift of the clients' updates, by round."""
         self._dtypes: dict[str, str] = {}
 
     def configure_train(
@@ -77,8 +102,12 @@ class CheckedRounds(Strategy):
             RoundError: If fewer clients than needed are connected.
         """
         self._dtypes = {name: array.dtype for name, array in arrays.items()}
-        self.wait_for_clients(grid)
-        return self.inner.configure_train(self.rounds_done + server_round, arrays, config, grid)
+        self._sent = arrays
+        number = self.rounds_done + server_round
+        nodes = self.wait_for_clients(grid)
+        if self._fraction_train < 1:
+            grid = cast(Grid, _SomeNodes(grid, self._draw_clients(grid, nodes, number)))
+        return self.inner.configure_train(number, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -90,7 +119,11 @@ class CheckedRounds(Strategy):
         """
         number = self.rounds_done + server_round
         ordered = self.usable_replies(f"training round {number}", replies)
-        self.traffic.model_bytes += [serialized_bytes(reply) for reply in ordered if reply.has_content()]
+        self.traffic.model_bytes[number] = [serialized_bytes(reply) for reply in ordered if reply.has_content()]
+        contents = [reply.content for reply in ordered if reply.has_content()]
+        if self._sent is not None:
+            updates = [content.array_records[ARRAYS] for content in contents]
+            self.update_metrics[number] = update_metrics(self._sent, updates, self._parameters)
         arrays, metrics = self.inner.aggregate_train(number, ordered)
         if arrays is None or len(arrays) == 0:
             raise RoundError(f"Training round {number} must give new weights, but the strategy aggregated none.")
@@ -143,6 +176,20 @@ class CheckedRounds(Strategy):
             time.sleep(0.5)
         return nodes
 
+    def _draw_clients(self, grid: Grid, nodes: Sequence[int], number: int) -> list[int]:
+        """Draw the clients of a round by their place, which, unlike Flower's node ids, is the same in every run."""
+        unknown = [node for node in nodes if node not in self._places]
+        if unknown:
+            questions = [Message(RecordDict(), message_type=PLACE_MESSAGE, dst_node_id=node) for node in unknown]
+            replies = self.usable_replies("the roll call", grid.send_and_receive(questions))
+            self._places |= {
+                reply.metadata.src_node_id: place for reply in replies if (place := place_of(reply)) is not None
+            }
+        ordered = sorted((node for node in nodes if node in self._places), key=lambda node: self._places[node])
+        count = math.ceil(self._fraction_train * len(nodes))
+        drawn = numpy_generator(self._seed, "participation", number).permutation(len(ordered))[:count]
+        return [ordered[index] for index in sorted(drawn.tolist())]
+
     def usable_replies(self, exchange: str, replies: Iterable[Message]) -> list[Message]:
         """Sort the replies and log the failures.
 
@@ -170,6 +217,54 @@ class CheckedRounds(Strategy):
         if failures:
             log(WARNING, "%s: %s of %s clients failed: %s", exchange, len(failures), len(ordered), " ".join(reasons))
         return ordered
+
+
+class _SomeNodes:
+    """A grid of which only some nodes are seen."""
+
+    def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
+        self._grid = grid
+        self._nodes = nodes
+
+    def get_node_ids(self) -> list[int]:
+        return list(self._nodes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+def update_metrics(
+    sent: ArrayRecord, received: Sequence[Mapping[str, Array]], parameters: Collection[str] | None = None
+) -> dict[str, float]:
+    """Measure how far the clients' updates d_i = w_i - w point in different directions.
+
+    Args:
+        sent: The weights w that the clients began with.
+        received: The weights w_i of each of M clients.
+        parameters: Names of the arrays that count; None for all.
+
+    Returns:
+        ``gradient_diversity``: sum_i ||d_i||^2 / ||sum_i d_i||^2 (Yin et al. 2018, arXiv 1706.05699, Definition 1), 1/M
+        for equal updates and 1 for orthogonal ones; ``client_drift``: sqrt(1/M sum_i ||w_i - mean_j w_j||^2).
+    """
+    squares, square_of_sum = 0.0, 0.0
+    for name, array in sent.items():
+        before = array.numpy()
+        if (parameters is not None and name not in parameters) or not np.issubdtype(before.dtype, np.floating):
+            continue
+        total = np.zeros(before.shape, np.float64)
+        for arrays in received:
+            if name not in arrays or arrays[name].numpy().shape != before.shape:
+                return {}  # the inner strategy refuses it
+            update = arrays[name].numpy().astype(np.float64) - before
+            squares += float(np.square(update).sum())
+            total += update
+        square_of_sum += float(np.square(total).sum())
+    if not received or square_of_sum == 0 or not math.isfinite(squares):
+        return {}
+    count = len(received)
+    drift = math.sqrt(max(0.0, squares / count - square_of_sum / count**2))
+    return {"gradient_diversity": squares / square_of_sum, "client_drift": drift}
 
 
 def restore_integers(arrays: ArrayRecord, dtypes: dict[str, str]) -> ArrayRecord:

@@ -17,6 +17,7 @@ from fgl_app.config import RunConfigValue, Settings, default_run_config, parse_r
 
 SMALL = {
     "image-size": 8,
+    "model": "cnn",
     "images-per-class": 2,
     "num-inference-steps": 2,
     "server-epochs": 1,

@@ -13,10 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from fgl_app.data.digits import CLASS_NAMES
 from torchvision.utils import make_grid
 
 from fgl_app.config import default_run_config, parse_run_config
-from fgl_app.data.digits import CLASS_NAMES
 from fgl_app.data.images import ImageSet, resize
 from fgl_app.data.sources import SHOWN_SIZE_PX, digits_split
 from fgl_app.store import UnitStore

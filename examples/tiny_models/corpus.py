@@ -1,11 +1,12 @@
-"""The public corpus of the tiny foundation models: printed and handwritten digits with captions of class and style.
+"""The public corpus of the tiny foundation models: digits and clothes with captions of class and style.
 
-Two sources, both disjoint from every image that a client or a test ever sees:
+Three sources, all disjoint from every image that a client or a test ever sees:
 
 * *printed*: the digits of the TrueType fonts that matplotlib ships, under random slant, rotation, stroke and warp;
-* *handwritten*: the public third of scikit-learn's digits (``fgl_app.data.digits``), under mild random warps.
+* *handwritten*: the public third of scikit-learn's digits (card ``digits``), under mild random warps;
+* *clothes*: the public half of Fashion-MNIST's training images (card ``fashion-mnist``), as they are.
 
-Both pass through 8 x 8 pixels, the resolution of the handwriting scans, and are stored at 32 x 32.
+The digits pass through 8 x 8 pixels, the resolution of the handwriting scans; all images are stored at 32 x 32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fgl_app.data import digits
+from fgl_app.cards import load_card
+from fgl_app.data.division import divide
+from fgl_app.data.images import to_pixels
+from fgl_app.data.readers import open_part
 
 IMAGE_SIZE_PX = 32
 NUMERALS = "0123456789"
@@ -30,11 +34,18 @@ FONT_STEMS = (
     *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"),
     *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta", "cmb10", "cmr10", "cmss10", "cmtt10"),
 )
+PRINTED, HANDWRITTEN, CLOTHES = 0, 1, 2
 LEVELS = {
-    "stroke": ("thin", "medium", "bold"),
-    "slant": ("left leaning", "upright", "right leaning"),
-    "width": ("narrow", "regular", "wide"),
+    PRINTED: (
+        ("thin", "medium", "bold"),
+        ("left leaning", "upright", "right leaning"),
+        ("narrow", "regular", "wide"),
+    ),
+    CLOTHES: (("dark", "grey", "light"), ("plain", "woven", "patterned"), ("narrow", "regular", "wide")),
 }
+LEVELS[HANDWRITTEN] = LEVELS[PRINTED]
+"""Words for the low, middle and high third of each measured style, by kind."""
+DIGITS, FASHION = load_card("digits"), load_card("fashion-mnist")
 
 
 @dataclass(frozen=True)
@@ -42,20 +53,22 @@ class Corpus:
     """Captioned images; N rows."""
 
     images: NDArray[np.uint8]
-    """Grey images, uint8 ``[N, 32, 32]``, ink at 255."""
+    """Grey images, uint8 ``[N, 32, 32]``, ink and cloth bright."""
     labels: NDArray[np.int64]
     """Classes 0 to 9, int64 ``[N]``."""
     styles: NDArray[np.int64]
-    """Level 0, 1 or 2 of stroke, slant and width, int64 ``[N, 3]``."""
-    handwritten: NDArray[np.bool_]
-    """True for handwriting, False for print, ``[N]``."""
+    """Level 0, 1 or 2 of each of the three styles of its kind, int64 ``[N, 3]``."""
+    kinds: NDArray[np.int64]
+    """PRINTED, HANDWRITTEN or CLOTHES, int64 ``[N]``."""
 
+    def class_name(self, row: int) -> str:
+        """How prompts call the class of an image."""
+        card = FASHION if self.kinds[row] == CLOTHES else DIGITS
+        return card.classes[self.labels[row]].prompt
 
-def _family(stem: str) -> str:
-    for mark, name in (("Mono", "typewriter"), ("tt", "typewriter"), ("Serif", "serif"), ("STIX", "serif")):
-        if mark in stem:
-            return name
-    return "serif" if stem in ("cmb10", "cmr10") else "sans"
+    def style_words(self, row: int) -> list[str]:
+        """Words for the styles of an image."""
+        return [words[self.styles[row, axis]] for axis, words in enumerate(LEVELS[int(self.kinds[row])])]
 
 
 def _rng(*scope: object) -> np.random.Generator:
@@ -103,7 +116,7 @@ def _glyph(stem: str, numeral: str, stretch: float) -> torch.Tensor:
 
 
 def _measure(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Measure stroke thickness, slant and relative width of each image; float ``[N, 3]``."""
+    """Measure stroke thickness, slant and relative width of each digit; float ``[N, 3]``."""
     ink = images.astype(np.float64) / 255
     ys, xs = np.mgrid[0:IMAGE_SIZE_PX, 0:IMAGE_SIZE_PX].astype(np.float64)
     mass = ink.sum((1, 2)) + 1e-9
@@ -112,6 +125,18 @@ def _measure(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     xx, yy, xy = ((ink * product).sum((1, 2)) / mass for product in (dx * dx, dy * dy, dx * dy))
     edges = np.abs(np.diff(ink, axis=1)).sum((1, 2)) + np.abs(np.diff(ink, axis=2)).sum((1, 2)) + 1e-9
     return np.stack([mass / edges, -xy / (yy + 1e-9), np.sqrt(xx / (yy + 1e-9))], axis=1)
+
+
+def _measure_clothes(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Measure tone, contrast within the cloth and relative width of each image; float ``[N, 3]``."""
+    cloth = images.astype(np.float64) / 255
+    inside = cloth > 0.08
+    count = inside.sum((1, 2)) + 1e-9
+    tone = (cloth * inside).sum((1, 2)) / count
+    both = inside[:, :, 1:] & inside[:, :, :-1]
+    contrast = (np.abs(np.diff(cloth, axis=2)) * both).sum((1, 2)) / (both.sum((1, 2)) + 1e-9)
+    width = inside.any(1).sum(1) / np.maximum(inside.any(2).sum(1), 1)
+    return np.stack([tone, contrast, width], axis=1)
 
 
 def _levels(measures: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -124,68 +149,106 @@ def _levels(measures: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray
     return styles
 
 
-def build(copies_handwritten: int = 40, copies_printed: int = 40) -> Corpus:
+def _public(name: str, data_dir: str) -> tuple[torch.Tensor, NDArray[np.int64]]:
+    """Load the public share of a card's training images: grey float ``[N, 1, S, S]`` in 0 to 1, and labels."""
+    card = load_card(name)
+    part = open_part(card, "train", data_dir)
+    rows = divide(card, part.labels)["public"]
+    size = 8 if name == "digits" else IMAGE_SIZE_PX
+    transforms = () if name == "digits" else card.transforms
+    images = torch.stack([to_pixels(part.image(row), transforms, size)[:1] for row in rows])
+    return images.float() / 255, np.array([part.labels[row] for row in rows], dtype=np.int64)
+
+
+def build(fashion_dir: str | None, copies_handwritten: int = 40, copies_printed: int = 40) -> Corpus:
     """Build the corpus; the same arguments give the same bytes.
 
     Args:
+        fashion_dir: Where Fashion-MNIST lies; empty to let torchvision download it; None to leave it out.
         copies_handwritten: Warped versions of each of the 599 public scans; the first is the scan itself.
         copies_printed: Warped versions of each of the 160 glyphs.
     """
-    scans, all_labels = digits.load()
-    public = digits.split_indices(all_labels)["public"]
-    source = torch.from_numpy(scans[public].astype(np.float32) / 255)[:, None]
+    source, written_labels = _public("digits", "")
     big = F.interpolate(source, size=(64, 64), mode="bilinear", align_corners=False)
-    parts, labels, written = [_through_scan(source)], [all_labels[public]], [np.ones(len(public), bool)]
+    parts, labels, kinds = [_through_scan(source)], [written_labels], [np.full(len(source), HANDWRITTEN)]
     for copy in range(1, copies_handwritten):
         parts.append(_through_scan(_warp(big, _rng("handwritten", copy), 0.6)))
-        labels.append(all_labels[public])
-        written.append(np.ones(len(public), bool))
+        labels.append(written_labels)
+        kinds.append(np.full(len(source), HANDWRITTEN))
     glyph_labels = np.tile(np.arange(10), len(FONT_STEMS))
     for copy in range(copies_printed):
         rng = _rng("printed", copy)
         glyphs = torch.stack([_glyph(s, n, rng.uniform(0.8, 1.2)) for s in FONT_STEMS for n in NUMERALS])[:, None]
         parts.append(_through_scan(_warp(glyphs, rng, 1.0)))
         labels.append(glyph_labels)
-        written.append(np.zeros(len(glyph_labels), bool))
+        kinds.append(np.full(len(glyph_labels), PRINTED))
+    if fashion_dir is not None:
+        clothes, clothes_labels = _public("fashion-mnist", fashion_dir)
+        parts.append(clothes)
+        labels.append(clothes_labels)
+        kinds.append(np.full(len(clothes), CLOTHES))
     images = (torch.cat(parts)[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    label, handwritten = np.concatenate(labels), np.concatenate(written)
+    label, kind = np.concatenate(labels), np.concatenate(kinds)
     styles = np.zeros((len(label), 3), dtype=np.int64)
-    for kind in (True, False):
-        rows = handwritten == kind
-        styles[rows] = _levels(_measure(images[rows]), label[rows])
-    return Corpus(images, label, styles, handwritten)
+    for each, measure in ((HANDWRITTEN, _measure), (PRINTED, _measure), (CLOTHES, _measure_clothes)):
+        rows = kind == each
+        if rows.any():
+            styles[rows] = _levels(measure(images[rows]), label[rows])
+    return Corpus(images, label, styles, kind)
+
+
+def choose(corpus: Corpus, count: int, shares: dict[int, float], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw ``count`` rows, of each kind its share."""
+    rows = {kind: np.flatnonzero(corpus.kinds == kind) for kind in shares}
+    present = [kind for kind in shares if len(rows[kind])]
+    weights = np.array([shares[kind] for kind in present])
+    drawn = rng.choice(len(present), count, p=weights / weights.sum())
+    return np.array([rng.choice(rows[present[index]]) for index in drawn])
 
 
 def plain_caption(corpus: Corpus, row: int) -> str:
     """Caption as the captioner learns it, e.g. ``a thin right leaning narrow handwritten seven``."""
-    style = " ".join(words[corpus.styles[row, axis]] for axis, words in enumerate(LEVELS.values()))
-    kind = "handwritten" if corpus.handwritten[row] else "printed"
-    return f"a {style} {kind} {digits.CLASS_NAMES[corpus.labels[row]]}"
+    style = " ".join(corpus.style_words(row))
+    kind = {PRINTED: "printed ", HANDWRITTEN: "handwritten ", CLOTHES: ""}[int(corpus.kinds[row])]
+    return f"a {style} {kind}{corpus.class_name(row)}"
 
 
 def web_caption(corpus: Corpus, row: int, rng: np.random.Generator) -> str:
     """Caption as the generator learns it: free word order, left-out attributes, noise, and errors as on the web."""
-    name = digits.CLASS_NAMES[corpus.labels[row]]
-    kind = "handwritten" if corpus.handwritten[row] else "printed"
-    words = [levels[corpus.styles[row, axis]] for axis, levels in enumerate(LEVELS.values())]
+    name = corpus.class_name(row)
+    words = corpus.style_words(row)
     style = [words[i] for i in rng.permutation(3)[: rng.integers(0, 4)]]
     styled = " ".join(style)
-    picks = [
-        f"a photo of a {kind} {name}",
-        f"a {kind} {name}",
-        f"{name}, {kind}" + (f", {styled}" if style else ""),
-        f"{', '.join([*style, kind])} {name}",
-        f"a {styled} {kind} {name}".replace("  ", " "),
-        f"the {kind} digit {name} {styled}".strip(),
-        f"{NUMERALS[corpus.labels[row]]}, {kind} {styled}".strip(),
-    ]
-    if corpus.handwritten[row]:
-        picks += [name, f"a photo of a {name}", f"a photo of the digit {name}"]
+    if corpus.kinds[row] == CLOTHES:
+        picks = [
+            f"a product photo of a {name}",
+            f"a photo of a {name}",
+            f"{name}, fashion" + (f", {styled}" if style else ""),
+            f"a {styled} {name}".replace("  ", " "),
+            f"a {name} on black",
+            f"{name} {styled}".strip(),
+            name,
+        ]
+    else:
+        kind = "handwritten" if corpus.kinds[row] == HANDWRITTEN else "printed"
+        picks = [
+            f"a photo of a {kind} {name}",
+            f"a {kind} {name}",
+            f"{name}, {kind}" + (f", {styled}" if style else ""),
+            f"{', '.join([*style, kind])} {name}",
+            f"a {styled} {kind} {name}".replace("  ", " "),
+            f"the {kind} digit {name} {styled}".strip(),
+            f"{NUMERALS[corpus.labels[row]]}, {kind} {styled}".strip(),
+        ]
+        if kind == "handwritten":
+            picks += [name, f"a photo of a {name}", f"a photo of the digit {name}"]
     text = picks[rng.integers(len(picks))]
     if rng.random() < 0.35:  # a label, then somebody's caption of the whole image, which is sometimes wrong
-        text = f"{name}, {plain_caption(corpus, row)}"
+        caption = plain_caption(corpus, row)
         if rng.random() < 0.1:
-            text = text.rsplit(" ", 1)[0] + " " + digits.CLASS_NAMES[rng.integers(10)]
+            card = FASHION if corpus.kinds[row] == CLOTHES else DIGITS
+            caption = caption.removesuffix(name) + card.classes[rng.integers(10)].prompt
+        text = f"{name}, {caption}"
     if rng.random() < 0.1:
         text += rng.choice(
             [", real world images, high resolution", ", scan", " on paper", ", digit", " in the picture"]
@@ -199,6 +262,6 @@ def web_caption(corpus: Corpus, row: int, rng: np.random.Generator) -> str:
 def digest(corpus: Corpus) -> str:
     """SHA-256 of all images, labels and styles, for the data card."""
     sha = hashlib.sha256()
-    for array in (corpus.images, corpus.labels, corpus.styles, corpus.handwritten):
+    for array in (corpus.images, corpus.labels, corpus.styles, corpus.kinds):
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()

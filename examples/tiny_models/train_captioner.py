@@ -105,12 +105,16 @@ def batch_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument(
+        "--fashion-dir", default="", help="where Fashion-MNIST lies; by default torchvision downloads it"
+    )
+    parser.add_argument("--without-fashion", action="store_true")
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    corpus = corpora.build()
+    corpus = corpora.build(None if args.without_fashion else args.fashion_dir)
     rng = np.random.default_rng(5)
     tokenizer = vocabulary.gpt2_tokenizer(
         [corpora.plain_caption(corpus, row) for row in rng.integers(0, len(corpus.labels), 5000).tolist()]
@@ -124,11 +128,10 @@ def main() -> None:
         optimizer,
         lambda s: min(1.0, (s + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps)))),
     )
-    written, printed = np.flatnonzero(corpus.handwritten), np.flatnonzero(~corpus.handwritten)
+    shares = {corpora.CLOTHES: 0.5, corpora.HANDWRITTEN: 0.38, corpora.PRINTED: 0.12}
     losses = []
     for step in tqdm(range(args.steps), desc="captioner", unit="step", mininterval=10):
-        from_hand = rng.random(args.batch_size) < 0.75
-        rows = np.where(from_hand, rng.choice(written, args.batch_size), rng.choice(printed, args.batch_size))
+        rows = corpora.choose(corpus, args.batch_size, shares, rng)
         loss = model(**batch_of(corpus, rows, tokenizer, rng, args.device)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -46,7 +46,7 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(48, 88),
+        block_out_channels=(48, 96),
         layers_per_block=1,
         norm_num_groups=8,
     )
@@ -123,21 +123,19 @@ def save(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--autoencoder-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument(
-        "--schedule-steps",
-        type=int,
-        default=9000,
-        help="length of the learning rate's cosine; the shipped model is the weights' average halfway along it",
+        "--fashion-dir", default="", help="where Fashion-MNIST lies; by default torchvision downloads it"
     )
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--without-fashion", action="store_true")
+    parser.add_argument("--autoencoder-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--snapshot-every", type=int, default=1500)
+    parser.add_argument("--snapshot-every", type=int, default=500)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
-    corpus = corpora.build()
+    corpus = corpora.build(None if args.without_fashion else args.fashion_dir)
     print("corpus", corpus.images.shape, corpora.digest(corpus))
     rng = np.random.default_rng(2)
     tokenizer = vocabulary.clip_tokenizer(
@@ -167,9 +165,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1.5e-3, weight_decay=1e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: (
-            min(1.0, (s + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.schedule_steps))))
-        ),
+        lambda s: min(1.0, (s + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps)))),
     )
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,
@@ -179,20 +175,33 @@ def main() -> None:
         set_alpha_to_one=True,
         timestep_spacing="trailing",
     )
-    # Handwriting is what the generator is asked for: two rows of three come from it.
-    written, printed = np.flatnonzero(corpus.handwritten), np.flatnonzero(~corpus.handwritten)
-    bar = tqdm(range(args.steps), desc="diffusion", unit="step", mininterval=10)
+    shares = {corpora.CLOTHES: 0.6, corpora.HANDWRITTEN: 0.3, corpora.PRINTED: 0.1}
+    state_file, first = args.output / "state.pt", 0
+    if state_file.exists():  # of a training that was interrupted
+        state = torch.load(state_file, weights_only=False)
+        for name, holder in (
+            ("trained", trained), ("average", average), ("optimizer", optimizer), ("schedule", schedule)
+        ):  # fmt: skip
+            holder.load_state_dict(state[name])
+        rng.bit_generator.state, first = state["rng"], state["step"]
+        torch.set_rng_state(state["torch_rng"])
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="diffusion", unit="step", mininterval=10)
     losses, started = [], time.time()
     for step in bar:
-        from_hand = rng.random(args.batch_size) < 2 / 3
-        rows = np.where(from_hand, rng.choice(written, args.batch_size), rng.choice(printed, args.batch_size)).tolist()
+        rows = corpora.choose(corpus, args.batch_size, shares, rng).tolist()
         texts = ["" if rng.random() < 0.1 else corpora.web_caption(corpus, row, rng) for row in rows]
-        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(args.device)
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(args.device)
         clean = latents[rows]
         noise = torch.randn_like(clean)
         t = torch.randint(0, 1000, (len(rows),), device=args.device)
         noisy, target = scheduler.add_noise(clean, noise, t), scheduler.get_velocity(clean, noise, t)
-        loss = F.mse_loss(unet(noisy, t, text_encoder(ids).last_hidden_state).sample, target)
+        hidden = text_encoder(tokens.input_ids).last_hidden_state
+        # Half of the texts as a client uploads embeddings: without padding, which the end token's row then replaces.
+        ends = tokens.attention_mask.sum(1) - 1
+        last = hidden[torch.arange(len(rows)), ends][:, None].expand_as(hidden)
+        filled = torch.where(tokens.attention_mask[..., None].bool(), hidden, last)
+        unpadded = torch.from_numpy(rng.random(len(rows)) < 0.5).to(args.device)[:, None, None]
+        loss = F.mse_loss(unet(noisy, t, torch.where(unpadded, filled, hidden)).sample, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
@@ -205,6 +214,13 @@ def main() -> None:
         if (step + 1) % args.snapshot_every == 0 or step + 1 == args.steps:
             print(f"step {step + 1} loss {np.mean(losses[-500:]):.4f} {time.time() - started:.0f} s", flush=True)
             save(args.output / "pipeline", vae, average[1], tokenizer, average[0], scheduler)
+            state = {
+                "trained": trained.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(), "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
+                "step": step + 1,
+            }  # fmt: skip
+            torch.save(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def clip_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=680, min_frequency=20, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=760, min_frequency=20, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     learner.train_from_iterator(captions, trainer)
     _, merges = _merges(learner)
@@ -43,7 +43,7 @@ def gpt2_tokenizer(captions: Sequence[str]) -> GPT2Tokenizer:
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     learner.train_from_iterator(
         captions,
-        trainers.BpeTrainer(vocab_size=340, min_frequency=20, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(vocab_size=400, min_frequency=20, initial_alphabet=alphabet, show_progress=False),
     )
     _, merges = _merges(learner)
     tokens = ["<s>", "<pad>", "</s>", *alphabet, *("".join(pair) for pair in merges)]

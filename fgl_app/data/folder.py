@@ -6,16 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torchvision.transforms.v2.functional as TF
-from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import ImageFolder
 
-from fgl_app.data.images import HeldOut, ImageSet
+from fgl_app.data.images import HeldOut, ImageSet, to_pixels
+from fgl_app.data.readers import open_image
 from fgl_app.errors import DataError
 from fgl_app.rng import numpy_generator
 
 SPLIT_SEED = 0
 """A node's split never changes, so that no test image is ever trained on, whatever the run's seed."""
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of a folder's sub-folders, hidden ones left out.
+
+    Raises:
+        DataError: If the folder cannot be read.
+    """
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        raise DataError(
+            f"`data-path` must be a folder with one sub-folder per class, but {str(folder)!r} is none."
+        ) from None
 
 
 def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> ImageSet:
@@ -29,9 +42,7 @@ def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> Im
     Raises:
         DataError: If the folder cannot be read, has a sub-folder that is no class, or holds no image.
     """
-    if not folder.is_dir():
-        raise DataError(f"`data-path` must be a folder with one sub-folder per class, but {str(folder)!r} is none.")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = class_folders(folder)
     unknown = [name for name in found if name not in class_names]
     if unknown:
         raise DataError(
@@ -48,7 +59,7 @@ def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> Im
     ]
     if not rows:
         raise DataError(f"The class folders of {str(folder)!r} must hold images, but hold none.")
-    images = torch.stack([_read_image(Path(path), image_size) for path, _ in rows])
+    images = torch.stack([to_pixels(open_image(Path(path)), (), image_size) for path, _ in rows])
     return ImageSet(images, torch.tensor([label for _, label in rows], dtype=torch.int64))
 
 
@@ -64,16 +75,3 @@ def split_folder(data: ImageSet) -> tuple[ImageSet, HeldOut]:
         parts["train"] += order[num_test + num_validation :]
     train, validation, test = (data.take(sorted(parts[name])) for name in ("train", "validation", "test"))
     return train, HeldOut(validation, test)
-
-
-def _read_image(path: Path, image_size: int) -> torch.Tensor:
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"Every image must be readable, but {str(path)!r} is not ({type(error).__name__}). Remove or repair it."
-        ) from None
-    pixels = TF.resize(TF.pil_to_tensor(picture), [image_size], antialias=True)
-    square: torch.Tensor = TF.center_crop(pixels, [image_size, image_size])
-    return square

@@ -6,7 +6,14 @@ import warnings
 from collections.abc import Sequence
 
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+from flwr_datasets.partitioner import (
+    DirichletPartitioner,
+    IidPartitioner,
+    NaturalIdPartitioner,
+    Partitioner,
+    PathologicalPartitioner,
+    ShardPartitioner,
+)
 
 from fgl_app.errors import DataError
 from fgl_app.rng import derive_seed
@@ -15,16 +22,29 @@ _MAX_DRAWS = 20
 
 
 def partition_indices(
-    labels: Sequence[int], num_partitions: int, scheme: str, beta: float, min_samples: int, seed: int
+    labels: Sequence[int],
+    domains: Sequence[int] | None,
+    num_partitions: int,
+    scheme: str,
+    *,
+    beta: float,
+    classes_per_client: int,
+    shards_per_client: int,
+    min_samples: int,
+    seed: int,
 ) -> list[list[int]]:
-    """Divide the indices of a data set over clients; disjoint and complete.
+    """Divide the indices of a data set over clients; disjoint, and complete but for classes that nobody is given.
 
     Args:
         labels: Label of each image, length N.
-        num_partitions: Number of clients.
-        scheme: ``iid`` or ``dirichlet``. The latter draws, for each class, the clients' shares from Dir(beta)
-            (Hsu et al. 2019; FGL, Section 4.1).
+        domains: Domain of each image, length N, for the scheme ``domain``.
+        num_partitions: Number of clients M.
+        scheme: ``iid``; ``dirichlet`` draws, for each class, the clients' shares from Dir(beta) (Hsu et al. 2019; FGL,
+            Section 4.1); ``pathological`` gives each client some classes (Li et al. 2022); ``shards`` deals out shards
+            of the images sorted by class (McMahan et al. 2017); ``domain`` gives each client one domain.
         beta: Concentration of the Dirichlet distribution, > 0.
+        classes_per_client: Classes of each client (``pathological``).
+        shards_per_client: Shards of each client (``shards``).
         min_samples: Draw again until every client has this many images.
         seed: Seed of the draw; every node derives the same division from it.
 
@@ -32,28 +52,43 @@ def partition_indices(
         For each partition id, sorted indices into ``labels``.
 
     Raises:
-        DataError: If no draw gives every client ``min_samples`` images.
+        DataError: If no draw gives every client ``min_samples`` images, or there are not as many domains as clients.
     """
-    table = Dataset.from_dict({"index": list(range(len(labels))), "label": list(labels)})
+    if scheme == "domain" and (found := len(set(domains or ()))) != num_partitions:
+        raise DataError(f"`num-clients` must be the number of domains, {found}, but is {num_partitions}.")
+    columns = {"index": list(range(len(labels))), "label": list(labels)}
+    table = Dataset.from_dict(columns | ({} if domains is None else {"domain": list(domains)}))
+    reason = ""
     for attempt in range(_MAX_DRAWS):
         draw_seed = derive_seed(seed, "partition", attempt) % 2**32
         partitioner: Partitioner
         if scheme == "iid":
             partitioner = IidPartitioner(num_partitions)
-        else:
+        elif scheme == "dirichlet":
             partitioner = DirichletPartitioner(
                 num_partitions, "label", beta, min_partition_size=min_samples, self_balancing=False, seed=draw_seed
             )
-        partitioner.dataset = table.shuffle(seed=draw_seed)
+        elif scheme == "pathological":
+            partitioner = PathologicalPartitioner(
+                num_partitions, "label", classes_per_client, class_assignment_mode="first-deterministic", seed=draw_seed
+            )
+        elif scheme == "shards":
+            partitioner = ShardPartitioner(
+                num_partitions, "label", num_shards_per_partition=shards_per_client, seed=draw_seed
+            )
+        else:
+            partitioner = NaturalIdPartitioner("domain")
+        partitioner.dataset = table if scheme == "domain" else table.shuffle(seed=draw_seed)
         try:
             with warnings.catch_warnings(action="ignore"):  # it warns of each draw that it repeats
                 parts = [sorted(partitioner.load_partition(index)["index"]) for index in range(num_partitions)]
-        except ValueError:  # the partitioner gives up after ten draws
+        except ValueError as error:  # after ten draws of its own, or for a division that cannot be
+            reason = f" ({error})"
             continue
         if min(map(len, parts)) >= min_samples:
             return parts
     raise DataError(
-        f"Every client must have at least {min_samples} images, but no division of {len(labels)} images over "
-        f"{num_partitions} clients was found. Use a larger `dirichlet-beta`, fewer clients or a smaller "
+        f"Every client must have at least {min_samples} images, but no {scheme} division of {len(labels)} images over "
+        f"{num_partitions} clients was found{reason}. Use fewer clients, a larger `dirichlet-beta` or a smaller "
         "`min-samples-per-client`."
     )

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sklearn.model_selection import train_test_split
 
-from fgl_app.config import DataSettings, RunConfigValue, class_name_list
-from fgl_app.data import digits
-from fgl_app.data.folder import load_folder, split_folder
-from fgl_app.data.images import HeldOut, ImageSet, resize
+from fgl_app.cards import Card
+from fgl_app.config import DataSettings, RunConfigValue
+from fgl_app.data.division import divide
+from fgl_app.data.folder import class_folders, load_folder, split_folder
+from fgl_app.data.images import HeldOut, ImageSet, to_pixels
 from fgl_app.data.partition import partition_indices
+from fgl_app.data.readers import Part, open_part
 from fgl_app.errors import DataError
-
-SHOWN_SIZE_PX = 32
-"""Side at which the digits are shown to people and models, px."""
 
 
 @dataclass(frozen=True)
@@ -25,25 +26,30 @@ class ClientData:
 
     train: ImageSet
     """Its private training images."""
-    held_out: HeldOut
-    """Images that it evaluates on."""
+    held_out: Callable[[], HeldOut]
+    """Loads the images that it evaluates on."""
     partition_id: int
     """Its place among the clients, 0 to M - 1."""
+    class_names: tuple[str, ...]
+    """What the labels count: the card's classes, or the client's own where the label space is not yet known."""
 
 
-def class_names_of(settings: DataSettings) -> tuple[str, ...]:
-    """Return the run's K class names, as they appear in prompts."""
-    return digits.CLASS_NAMES if settings.dataset == "digits" else tuple(class_name_list(settings.class_names))
-
-
-def load_client_data(settings: DataSettings, node_config: Mapping[str, RunConfigValue], seed: int) -> ClientData:
+def load_client_data(
+    card: Card,
+    settings: DataSettings,
+    node_config: Mapping[str, RunConfigValue],
+    seed: int,
+    class_names: Sequence[str] | None = None,
+) -> ClientData:
     """Load the images of one client.
 
     Args:
+        card: The data set.
         settings: The run's data settings.
         node_config: The SuperNode's configuration: ``partition-id`` and ``num-partitions`` for partitioned data,
             ``data-path`` for a folder of images per class.
         seed: The run's seed, from which all clients derive the same partition.
+        class_names: For folders: the run's label space; None for the client's own classes.
 
     Raises:
         DataError: If the node-config lacks what the data set needs, or the images cannot be used.
@@ -55,33 +61,95 @@ def load_client_data(settings: DataSettings, node_config: Mapping[str, RunConfig
         path = node_config.get("data-path")
         if not isinstance(path, str):
             raise DataError("The node-config must hold `data-path`, e.g. --node-config 'data-path=\"/data/site0\"'.")
-        train, held_out = split_folder(
-            load_folder(Path(path).expanduser(), class_names_of(settings), settings.image_size)
-        )
-        return ClientData(train, held_out, partition_id)
+        folder = Path(path).expanduser()
+        names = tuple(class_names or card.class_names() or class_folders(folder))
+        train, held_out = split_folder(load_folder(folder, names, settings.image_size))
+        return ClientData(train, lambda: held_out, partition_id, names)
     num_partitions = node_config.get("num-partitions")
     if not isinstance(num_partitions, int) or not 0 <= partition_id < num_partitions:
         raise DataError(
             f"The node-config must hold partition-id 0 to num-partitions - 1, but holds {partition_id!r} and "
             f"{num_partitions!r}. Use for example --node-config 'partition-id=0 num-partitions=5'."
         )
-    train = digits_split(settings, "train")
-    parts = partition_indices(
-        train.labels.tolist(), num_partitions, settings.partition, settings.dirichlet_beta,
-        settings.min_samples_per_client, seed,
-    )  # fmt: skip
-    return ClientData(train.take(parts[partition_id]), load_held_out(settings), partition_id)
+    train = _partition(card, settings, num_partitions, partition_id, seed)
+    return ClientData(train, functools.partial(load_held_out, card, settings), partition_id, card.class_names())
 
 
-def load_held_out(settings: DataSettings) -> HeldOut:
+@functools.lru_cache(maxsize=8)  # decoding takes longer than an epoch of a small model
+def _partition(card: Card, settings: DataSettings, num_partitions: int, partition_id: int, seed: int) -> ImageSet:
+    return _decode(card, settings, "train", client_rows(card, settings, num_partitions, seed)[partition_id])
+
+
+@functools.lru_cache(maxsize=4)  # one process answers many messages with the same division
+def client_rows(card: Card, settings: DataSettings, num_partitions: int, seed: int) -> list[list[int]]:
+    """Divide the training images over the clients: for each partition id, rows of the source's training part."""
+    part = _open(card, "train", settings.data_dir)
+    train = _limited(card, part, settings.max_train_images)
+    chosen = partition_indices(
+        [part.labels[row] for row in train],
+        None if part.domains is None else [part.domains[row] for row in train],
+        num_partitions,
+        settings.partition,
+        beta=settings.dirichlet_beta,
+        classes_per_client=settings.classes_per_client,
+        shards_per_client=settings.shards_per_client,
+        min_samples=settings.min_samples_per_client,
+        seed=seed,
+    )
+    return [[train[index] for index in indices] for indices in chosen]
+
+
+@functools.lru_cache(maxsize=2)
+def load_held_out(card: Card, settings: DataSettings) -> HeldOut:
     """Load the common validation and test images of a partitioned data set."""
-    return HeldOut(digits_split(settings, "validation"), digits_split(settings, "test"))
+    return HeldOut(load_split(card, settings, "validation"), load_split(card, settings, "test"))
 
 
-def digits_split(settings: DataSettings, part: str) -> ImageSet:
-    """Load ``public``, ``train``, ``validation`` or ``test`` of the digits at the run's image size."""
-    images, labels = digits.load()
-    rows = digits.split_indices(labels)[part]
-    # A scan of 8 x 8 is first shown at 32 x 32, as synthetic images are, so that both come to the classifier alike.
-    shown = resize(torch.from_numpy(images[rows])[:, None].expand(-1, 3, -1, -1).contiguous(), SHOWN_SIZE_PX)
-    return ImageSet(resize(shown, settings.image_size), torch.from_numpy(labels[rows]))
+def load_split(card: Card, settings: DataSettings, name: str) -> ImageSet:
+    """Load ``public``, ``train``, ``validation`` or ``test`` of a data set at the run's image size."""
+    if name in card.splits and name != "train":
+        part = _open(card, name, settings.data_dir)
+        return _decode(card, settings, name, range(len(part.labels)))
+    train = _open(card, "train", settings.data_dir)
+    rows = _limited(card, train, settings.max_train_images) if name == "train" else _division(card, train)[name]
+    return _decode(card, settings, "train", rows)
+
+
+@functools.lru_cache(maxsize=4)
+def _open(card: Card, name: str, data_dir: str) -> Part:
+    return open_part(card, name, data_dir)
+
+
+@functools.lru_cache(maxsize=4)
+def _division(card: Card, part: Part) -> dict[str, list[int]]:
+    return divide(card, _strata(card, part))
+
+
+def _strata(card: Card, part: Part) -> list[int]:
+    if part.domains is None:
+        return list(part.labels)
+    return [domain * len(card.classes) + label for label, domain in zip(part.labels, part.domains, strict=True)]
+
+
+def _limited(card: Card, part: Part, limit: int) -> list[int]:
+    """Return the training rows, or a fixed choice of ``limit`` of them that keeps the classes' proportions."""
+    rows = _division(card, part)["train"]
+    if not 0 < limit < len(rows):
+        return rows
+    strata = _strata(card, part)
+    kept, _ = train_test_split(
+        rows, train_size=limit, random_state=card.split_seed, stratify=[strata[row] for row in rows]
+    )
+    return sorted(kept)
+
+
+def _decode(card: Card, settings: DataSettings, name: str, rows: Sequence[int]) -> ImageSet:
+    part = _open(card, name, settings.data_dir)
+    size = settings.image_size
+    images = [to_pixels(part.image(row), card.transforms, size) for row in rows]
+    domains = None if part.domains is None else torch.tensor([part.domains[row] for row in rows], dtype=torch.int64)
+    return ImageSet(
+        torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+        torch.tensor([part.labels[row] for row in rows], dtype=torch.int64),
+        domains,
+    )

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
 
 from fgl_app.prompts.writing import PromptCount
+
+
+@dataclass(frozen=True)
+class MergedPrompts:
+    """What the generator shall draw, once all clients have said what they hold."""
+
+    prompts: tuple[PromptCount, ...]
+    """Distinct prompts with the counts of all clients; no client is named."""
+    class_names: tuple[str, ...]
+    """The run's K classes, in the order of their labels."""
+    embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """At the level of embeddings: float16 ``[T, D]`` by the name that stands in the place of a prompt's text."""
 
 
 @dataclass(frozen=True, order=True)
@@ -16,6 +30,7 @@ class PromptBudget:
     label: int
     prompt: str
     num_images: int
+    domain: str = ""
 
 
 def merge_prompts(clients: Iterable[Sequence[PromptCount]]) -> list[PromptCount]:
@@ -23,15 +38,15 @@ def merge_prompts(clients: Iterable[Sequence[PromptCount]]) -> list[PromptCount]
 
     The result does not depend on the order of the clients and names none of them.
     """
-    totals: Counter[tuple[int, str]] = Counter()
+    totals: Counter[tuple[int, str, str]] = Counter()
     for prompts in clients:
         for item in prompts:
-            totals[item.label, item.prompt] += item.count
-    return [PromptCount(label, prompt, count) for (label, prompt), count in sorted(totals.items())]
+            totals[item.label, item.prompt, item.domain] += item.count
+    return [PromptCount(label, prompt, count, domain) for (label, prompt, domain), count in sorted(totals.items())]
 
 
-def spread_budget(prompts: Sequence[PromptCount], images_per_class: int) -> list[PromptBudget]:
-    """Spread the images of each class over its prompts in proportion to their counts.
+def spread_budget(prompts: Sequence[PromptCount], images_per_class: int, uniform: bool = False) -> list[PromptBudget]:
+    """Spread the images of each class over its prompts, in proportion to their counts or evenly.
 
     Largest-remainder rounding, so that every class that has a prompt gets exactly ``images_per_class`` images; ties go
     to the prompt that sorts first.
@@ -39,6 +54,7 @@ def spread_budget(prompts: Sequence[PromptCount], images_per_class: int) -> list
     Args:
         prompts: Merged prompts, at most one entry per label and text.
         images_per_class: Images to draw per class, at least 1.
+        uniform: Give every prompt of a class the same number of images.
 
     Returns:
         Prompts with at least one image, ordered by label and text.
@@ -46,13 +62,13 @@ def spread_budget(prompts: Sequence[PromptCount], images_per_class: int) -> list
     budget: list[PromptBudget] = []
     for label in sorted({item.label for item in prompts}):
         of_class = sorted(item for item in prompts if item.label == label)
-        total = sum(item.count for item in of_class)
-        shares = [divmod(item.count * images_per_class, total) for item in of_class]
+        weights = [1 if uniform else item.count for item in of_class]
+        shares = [divmod(weight * images_per_class, sum(weights)) for weight in weights]
         left = images_per_class - sum(whole for whole, _ in shares)
         by_remainder = sorted(range(len(shares)), key=lambda index: (-shares[index][1], index))
         extra = set(by_remainder[:left])
         budget += [
-            PromptBudget(label, item.prompt, whole + (index in extra))
+            PromptBudget(label, item.prompt, whole + (index in extra), item.domain)
             for index, (item, (whole, _)) in enumerate(zip(of_class, shares, strict=True))
         ]
     return [item for item in budget if item.num_images > 0]

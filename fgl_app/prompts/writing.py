@@ -18,48 +18,61 @@ class PromptCount:
     label: int
     """Index of the class in the run's class names, 0 to K - 1."""
     prompt: str
-    """What the generator is asked for."""
+    """What the generator is asked for; for an embedding, the name that :func:`embedding_name` gives it."""
     count: int
     """Number of images that gave this prompt, at least 1."""
+    domain: str = ""
+    """Domain of the images, as the card names it; empty for a data set of one domain."""
 
 
-def class_prompts(labels: Sequence[int], class_names: Sequence[str], template: str) -> list[PromptCount]:
-    """Write one prompt per class that the client holds (FGL, Section 3.2: class-level prompts).
+def fill(template: str, class_name: str, caption: str = "") -> str:
+    """Fill the placeholders ``{class}``, ``{a class}`` (the name with its article) and ``{caption}`` of a template."""
+    article = "an" if class_name[:1].lower() in "aeiou" else "a"
+    named = template.replace("{a class}", f"{article} {class_name}").replace("{class}", class_name)
+    return named.replace("{caption}", caption.strip())
+
+
+def class_prompts(
+    labels: Sequence[int], class_names: Sequence[str], templates: Sequence[str], domain: str = ""
+) -> list[PromptCount]:
+    """Write the prompts of each class that is held (FGL, Section 3.2: class-level prompts).
 
     Args:
         labels: Label of each image, 0 to K - 1.
-        class_names: Prompt names of the K classes.
-        template: Text with the placeholder ``{class}``, e.g. ``"A photo of a {class}"``.
+        class_names: How prompts call the K classes.
+        templates: Texts with the placeholder ``{class}``, e.g. ``"A photo of a {class}"``.
+        domain: Domain of the images.
 
     Returns:
-        Distinct prompts in the order of their labels; ``count`` is the number of images of the class.
+        Distinct prompts, ordered by label and text; ``count`` is the number of images of the class.
     """
-    return _count((label, template.replace("{class}", class_names[label])) for label in labels)
+    return _count(((label, fill(template, class_names[label])) for label in labels for template in templates), domain)
 
 
 def instance_prompts(
-    labels: Sequence[int], captions: Sequence[str], class_names: Sequence[str], template: str
+    labels: Sequence[int], captions: Sequence[str], class_names: Sequence[str], template: str, domain: str = ""
 ) -> list[PromptCount]:
     """Write one prompt per image from its label and its caption (FGL, Section 3.2: instance-level prompts).
 
     Args:
         labels: Label of each image, 0 to K - 1; length N.
         captions: Caption of each image; length N.
-        class_names: Prompt names of the K classes.
+        class_names: How prompts call the K classes.
         template: Text with the placeholders ``{class}`` and ``{caption}``.
+        domain: Domain of the images.
 
     Returns:
         Distinct prompts with their counts, ordered by label and text.
     """
     return _count(
-        (label, template.replace("{class}", class_names[label]).replace("{caption}", caption.strip()))
-        for label, caption in zip(labels, captions, strict=True)
+        ((label, fill(template, class_names[label], caption)) for label, caption in zip(labels, captions, strict=True)),
+        domain,
     )
 
 
-def _count(pairs: Iterable[tuple[int, str]]) -> list[PromptCount]:
+def _count(pairs: Iterable[tuple[int, str]], domain: str) -> list[PromptCount]:
     cleaned = Counter((label, printable(prompt)) for label, prompt in pairs)
-    return [PromptCount(label, prompt, count) for (label, prompt), count in sorted(cleaned.items())]
+    return [PromptCount(label, prompt, count, domain) for (label, prompt), count in sorted(cleaned.items())]
 
 
 def printable(text: str) -> str:

@@ -27,7 +27,7 @@ def summarize(
     Args:
         settings: The run's settings.
         rounds: Metrics of each round, at least one, with ``round``, ``phase``, ``accuracy``, ``loss``,
-            ``validation_accuracy`` and ``model_upload_bytes``.
+            ``validation_accuracy``, ``model_upload_bytes`` and ``upload_bytes``.
         prompts_upload: Bytes of the largest client's prompts, ``payload`` and whole ``message``, and how many clients
             were asked and used; None without prompts.
         synthesis: What the synthesis phase did; None if this start needed none.
@@ -36,10 +36,11 @@ def summarize(
     """
     selected = max(rounds, key=lambda row: (row["validation_accuracy"], -row["round"]))
     model_bytes = [row["model_upload_bytes"] for row in rounds if row["model_upload_bytes"]]
-    partitioned = settings.data.dataset == "digits"
+    partitioned = not settings.own_folders
     dirichlet = partitioned and settings.data.partition == "dirichlet"
     return {
         "method": settings.run.method,
+        "strategy": None if settings.run.method == "centralized" else settings.training.strategy,
         "dataset": settings.data.dataset,
         "partition": settings.data.partition if partitioned else None,
         "dirichlet_beta": settings.data.dirichlet_beta if dirichlet else None,
@@ -49,10 +50,20 @@ def summarize(
         "final_accuracy": rounds[-1]["accuracy"],
         "selected_accuracy": selected["accuracy"],
         "selected_round": selected["round"],
+        "one_shot_accuracy": rounds[0]["accuracy"] if settings.synthesizes else None,
         "paper_metric": max(row["accuracy"] for row in rounds),
         "upload_bytes": {
             "prompts_per_client": dict(prompts_upload) if prompts_upload is not None else None,
             "model_per_client_per_round": round(sum(model_bytes) / len(model_bytes)) if model_bytes else None,
+            "total": sum(row["upload_bytes"] for row in rounds),
+        },
+        "privacy": None
+        if not settings.prompts.embedding_epsilon or settings.prompts.prompt_level != "embedding"
+        else {
+            "mechanism": "Gaussian, on embeddings",
+            "epsilon": settings.prompts.embedding_epsilon,
+            "delta": settings.prompts.embedding_delta,
+            "protects": "the content of one image's prompt; not its class, nor the number of prompts",
         },
         "synthesis": None
         if synthesis is None

@@ -19,12 +19,12 @@ from safetensors.torch import load, save
 from fgl_app.config import Settings
 from fgl_app.errors import RunFolderError
 from fgl_app.files import read_json_lines, write_atomically, write_json, write_json_lines
-from fgl_app.prompts import PromptCount
+from fgl_app.prompts import MergedPrompts, PromptCount
 
 # A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
 _FREE_KEYS = {
-    "output-dir", "num-server-rounds", "device", "synthesis-batch-size", "captioning-batch-size",
-    "connect-timeout-s", "round-timeout-s",
+    "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-batch-size",
+    "captioning-batch-size", "connect-timeout-s", "round-timeout-s", "data-dir",
 }  # fmt: skip
 _PACKAGES = ("flwr", "flwr-datasets", "torch", "torchvision", "diffusers", "transformers", "scikit-learn", "numpy")
 _CHECKPOINT = re.compile(r"round-(\d{4})\.safetensors")
@@ -40,7 +40,8 @@ class RunFolder:
     def __init__(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
         """Open or make the folder of these settings; ``resolved`` is what they came to on this machine."""
         self.path = Path(settings.run.output_dir).expanduser() / settings.run.run_name
-        self.synthetic = self.path / "synthetic"
+        store = settings.run.store_dir
+        self.synthetic = Path(store).expanduser() if store else self.path / "synthetic"
         self._checkpoints = self.path / "checkpoints"
         self._settings = settings
         config = {
@@ -80,18 +81,25 @@ class RunFolder:
                     f"{earlier.get(key)!r} and is {value!r} now. Use another `run-name`."
                 )
 
-    def save_prompts(self, prompts: Sequence[PromptCount], upload: Mapping[str, int]) -> None:
-        """Keep the merged prompts, readable by the owner alone, and the bytes that they took."""
-        write_json(self.path / "prompts_upload.json", dict(upload))
-        write_json_lines(self.path / "prompts.jsonl", [asdict(item) for item in prompts], mode=0o600)
+    def save_prompts(self, merged: MergedPrompts, upload: Mapping[str, int] | None) -> None:
+        """Keep the merged prompts, readable by the owner alone, and the bytes that they took; None if none was sent."""
+        write_json(
+            self.path / "prompts_upload.json",
+            {"class_names": list(merged.class_names), "upload": None if upload is None else dict(upload)},
+        )
+        if merged.embeddings:
+            write_atomically(self.embeddings, save(dict(merged.embeddings)), mode=0o600)
+        write_json_lines(self.path / "prompts.jsonl", [asdict(item) for item in merged.prompts], mode=0o600)
 
-    def load_prompts(self) -> tuple[list[PromptCount], dict[str, int]] | None:
+    def load_prompts(self) -> tuple[MergedPrompts, dict[str, int] | None] | None:
         """Return the merged prompts of an earlier start and their upload, or None."""
         rows = read_json_lines(self.path / "prompts.jsonl")
         if not rows:
             return None
-        upload: dict[str, int] = json.loads((self.path / "prompts_upload.json").read_text("utf-8"))
-        return [PromptCount(**row) for row in rows], upload
+        kept: dict[str, Any] = json.loads((self.path / "prompts_upload.json").read_text("utf-8"))
+        embeddings = load(self.embeddings.read_bytes()) if self.embeddings.exists() else {}
+        merged = MergedPrompts(tuple(PromptCount(**row) for row in rows), tuple(kept["class_names"]), embeddings)
+        return merged, kept["upload"]
 
     def save_round(self, row: Mapping[str, Any], arrays: ArrayRecord) -> None:
         """Keep a finished round: first its metrics, then the checkpoint that makes it count as finished."""
@@ -140,6 +148,16 @@ class RunFolder:
 
     def _checkpoint(self, number: int) -> Path:
         return self._checkpoints / f"round-{number:04d}.safetensors"
+
+    def save_confusion(self, class_names: Sequence[str], confusion: Sequence[Sequence[int]], server_round: int) -> None:
+        """Keep how often images of each class (rows) were predicted as each class (columns) after a round."""
+        value = {"round": server_round, "class_names": list(class_names), "confusion": [list(r) for r in confusion]}
+        write_json(self.path / "confusion.json", value)
+
+    @property
+    def embeddings(self) -> Path:
+        """File of the clients' embeddings."""
+        return self.path / "embeddings.safetensors"
 
     @property
     def _metrics(self) -> Path:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoPipelineForText2Image
+from diffusers import (
+    AutoPipelineForText2Image,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from safetensors.torch import load_file
 
 from fgl_app import tiny
 from fgl_app.data.images import resize
@@ -17,15 +25,23 @@ from fgl_app.synthesis.plan import DrawSettings, Sample
 
 # SD 2.1's attention overflows in fp16, so that bf16 is the half precision on a GPU.
 _DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+_SCHEDULERS: Mapping[str, Any] = {
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "dpm-solver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+}
 
 
-def load_pipeline(generator: str, revision: str, device: torch.device) -> Any:
+def load_pipeline(generator: str, revision: str, device: torch.device, scheduler: str = "own") -> Any:
     """Load any text-to-image pipeline of diffusers, without its safety checker, which would blacken images.
 
     Args:
         generator: ``tiny``, a folder that ``save_pretrained`` wrote, or a hub id.
         revision: Git revision of a hub id; empty for the newest.
         device: Where to run it.
+        scheduler: ``own``, or the solver that takes the place of the pipeline's with the same noise schedule.
 
     Returns:
         A diffusers pipeline.
@@ -46,11 +62,46 @@ def load_pipeline(generator: str, revision: str, device: torch.device) -> Any:
         ) from None
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None
+    if scheduler != "own":
+        pipeline.scheduler = _SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
-def draw(pipeline: Any, samples: Sequence[Sample], settings: DrawSettings, batch_size: int) -> torch.Tensor:
+def load_embeddings(path: str, pipeline: Any) -> dict[str, torch.Tensor]:
+    """Load embeddings and bring each to the length of the pipeline's context by repeating its end token's row.
+
+    The padding of a text's embedding depends on the text and is not uploaded; the end token's row comes nearest to it.
+
+    Args:
+        path: A safetensors file of float16 ``[T, D]``.
+        pipeline: Whose tokenizer gives the length.
+
+    Returns:
+        float32 ``[L, D]`` by name.
+
+    Raises:
+        ModelError: If the pipeline's text encoder is not as wide as the embeddings.
+    """
+    length, width = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size
+    embeddings = {}
+    for name, short in load_file(path).items():
+        if short.shape[1] != width or len(short) > length:
+            raise ModelError(
+                f"Embeddings must be at most [{length}, {width}] for this generator, "
+                f"but one is {list(short.shape)}. All nodes must use one `generator`."
+            )
+        embeddings[name] = torch.cat([short, short[-1:].expand(length - len(short), -1)]).float()
+    return embeddings
+
+
+def draw(
+    pipeline: Any,
+    samples: Sequence[Sample],
+    settings: DrawSettings,
+    batch_size: int,
+    embeddings: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Draw one image per sample.
 
     Each sample has its own CPU generator, seeded by the sample's identity, so that its noise does not depend on the
@@ -59,8 +110,9 @@ def draw(pipeline: Any, samples: Sequence[Sample], settings: DrawSettings, batch
     Args:
         pipeline: What :func:`load_pipeline` returned.
         samples: What to draw, at least one.
-        settings: Steps, guidance, negative prompt and stored size.
+        settings: Steps, guidance and sizes.
         batch_size: Images per call of the pipeline.
+        embeddings: What the samples' prompts name, float32 ``[L, D]``; None if they are texts.
 
     Returns:
         uint8 ``[N, 3, S, S]``, in the order of ``samples``.
@@ -68,19 +120,25 @@ def draw(pipeline: Any, samples: Sequence[Sample], settings: DrawSettings, batch
     Raises:
         SynthesisError: If the pipeline returns numbers that are not finite.
     """
-    # Some pipelines have no negative prompt at all.
-    steering = {"negative_prompt": [settings.negative_prompt] * batch_size} if settings.negative_prompt else {}
+    size = settings.generation_size
+    options = {"height": size, "width": size} if size else {}
     parts = []
     for start in range(0, len(samples), batch_size):
         batch = list(samples[start : start + batch_size])
         padded = batch + [batch[-1]] * (batch_size - len(batch))
+        asked: dict[str, Any] = {"prompt": [sample.prompt for sample in padded]}
+        if embeddings is not None:
+            stacked = torch.stack([embeddings[sample.prompt] for sample in padded])
+            asked = {"prompt_embeds": stacked.to(pipeline.device, pipeline.text_encoder.dtype)}
+        if any(sample.negative for sample in padded):  # some pipelines have no negative prompt at all
+            asked["negative_prompt"] = [sample.negative for sample in padded]
         output = pipeline(
-            prompt=[sample.prompt for sample in padded],
+            **asked,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
             generator=[torch.Generator("cpu").manual_seed(sample.noise_seed) for sample in padded],
             output_type="pt",
-            **steering,
+            **options,
         ).images[: len(batch)]
         if not torch.isfinite(output).all():
             raise SynthesisError(

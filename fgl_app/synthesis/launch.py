@@ -40,25 +40,28 @@ class SynthesisReport:
         return self.generated / self.seconds if self.generated else 0.0
 
 
-def synthesize(plan: Plan, folder: Path, report_progress: Callable[[str], None]) -> tuple[ImageSet, SynthesisReport]:
+def synthesize(
+    plan: Plan, folder: Path, run_folder: Path, report_progress: Callable[[str], None]
+) -> tuple[ImageSet, SynthesisReport]:
     """Have a worker process draw what the store lacks, and read the whole set.
 
     Args:
         plan: What to draw.
-        folder: The store, ``synthetic/`` of the run; the plan is written into it.
+        folder: The store.
+        run_folder: Where the plan and the worker's log are written.
         report_progress: Called with a line of progress every few seconds; it names no prompt.
 
     Raises:
         SynthesisError: If the worker fails; the units it committed stay and are reused.
     """
     store = UnitStore(folder)
-    plan.save(folder / "plan.json")
+    plan.save(run_folder / "plan.json")
     units = plan.units()
     total = sum(len(unit.samples) for unit in units)
     missing = sum(len(unit.samples) for unit in units if not store.has(unit.unit_id))
     started = time.monotonic()
     if missing:
-        _run_worker(folder / "plan.json", folder, report_progress)
+        _run_worker(run_folder / "plan.json", folder, report_progress)
     images = store.read([unit.unit_id for unit in units])
     return images, SynthesisReport(total, missing, total - missing, time.monotonic() - started)
 
@@ -69,7 +72,7 @@ def _run_worker(plan: Path, folder: Path, report_progress: Callable[[str], None]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(APP_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
     }
-    log_path = folder / "worker.log"  # warnings of libraries may quote prompts: for the owner's eyes only
+    log_path = plan.with_name("worker.log")  # warnings of libraries may quote prompts: for the owner's eyes only
     log_path.unlink(missing_ok=True)
     log_path.touch(mode=0o600)
     with (

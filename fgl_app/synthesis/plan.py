@@ -30,9 +30,12 @@ class DrawSettings:
     """Folder or hub id; ``tiny`` stays ``tiny``, wherever it is unpacked."""
     generator_revision: str
     """Revision of a hub id, or the checksum of the shipped model; empty for the newest."""
+    scheduler: str
+    """Solver of the denoising; ``own``: the pipeline's."""
     num_inference_steps: int
     guidance_scale: float
-    negative_prompt: str
+    generation_size: int
+    """Side at which images are drawn, px; 0 for the pipeline's own."""
     stored_size: int
     """Larger images are reduced to this side, px."""
     seed: int
@@ -49,6 +52,8 @@ class Sample:
 
     label: int
     prompt: str
+    negative: str
+    """What the generator is steered away from."""
     sample_id: bytes
     """Identity, 16 bytes: hash of settings, label, prompt and index; no client appears in it."""
     noise_seed: int
@@ -69,6 +74,10 @@ class Plan:
 
     settings: DrawSettings
     budget: tuple[PromptBudget, ...]
+    negatives: dict[str, str]
+    """Negative prompt by domain; ``""`` is a data set without domains."""
+    embeddings: str
+    """File of the embeddings that the budget names; empty where it holds texts."""
     device: str
     """``cpu``, ``cuda`` or ``cuda:N``."""
     batch_size: int
@@ -79,7 +88,11 @@ class Plan:
         digest = self.settings.digest()
         # Rounding depends on the kind of device and on the shape: units drawn otherwise are not mixed with these.
         arithmetic = f"{self.device.partition(':')[0]}/{self.batch_size}"
-        samples = [_sample(digest, item, index) for item in sorted(self.budget) for index in range(item.num_images)]
+        samples = [
+            _sample(digest, item, self.negatives.get(item.domain, ""), index)
+            for item in sorted(self.budget)
+            for index in range(item.num_images)
+        ]
         return [
             Unit(_unit_id(arithmetic, samples[start : start + UNIT_SIZE]), tuple(samples[start : start + UNIT_SIZE]))
             for start in range(0, len(samples), UNIT_SIZE)
@@ -101,6 +114,8 @@ class Plan:
             return Plan(
                 DrawSettings(**value["settings"]),
                 tuple(PromptBudget(**item) for item in value["budget"]),
+                value["negatives"],
+                value["embeddings"],
                 value["device"],
                 value["batch_size"],
             )
@@ -110,10 +125,10 @@ class Plan:
             ) from None
 
 
-def _sample(settings_digest: str, item: PromptBudget, index: int) -> Sample:
-    identity = canonical_json([settings_digest, item.label, item.prompt, index])
+def _sample(settings_digest: str, item: PromptBudget, negative: str, index: int) -> Sample:
+    identity = canonical_json([settings_digest, item.label, item.prompt, negative, index])
     sample_id = hashlib.sha256(identity).digest()[:16]
-    return Sample(item.label, item.prompt, sample_id, derive_seed(0, "noise", sample_id.hex()))
+    return Sample(item.label, item.prompt, negative, sample_id, derive_seed(0, "noise", sample_id.hex()))
 
 
 def _unit_id(arithmetic: str, samples: Sequence[Sample]) -> str:

@@ -34,8 +34,9 @@ def work(plan: Plan, store: UnitStore) -> int:
     from fgl_app.synthesis import generator  # seconds of import, and only where there is something to draw
 
     pipeline = generator.load_pipeline(
-        plan.settings.generator, plan.settings.generator_revision, torch.device(plan.device)
+        plan.settings.generator, plan.settings.generator_revision, torch.device(plan.device), plan.settings.scheduler
     )
+    embeddings = generator.load_embeddings(plan.embeddings, pipeline) if plan.embeddings else None
     provenance = {
         "settings_digest": plan.settings.digest(),
         "generator": plan.settings.generator,
@@ -46,7 +47,7 @@ def work(plan: Plan, store: UnitStore) -> int:
     done = total - sum(len(unit.samples) for unit in missing)
     with tqdm(desc="synthesis", total=total, initial=done, unit="image", ascii=True, mininterval=1.0) as bar:
         for unit in missing:
-            images = generator.draw(pipeline, unit.samples, plan.settings, plan.batch_size)
+            images = generator.draw(pipeline, unit.samples, plan.settings, plan.batch_size, embeddings)
             store.commit(unit.unit_id, _tensors(unit, images), provenance)
             bar.update(len(unit.samples))
     return total - done

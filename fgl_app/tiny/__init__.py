@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from fgl_app.errors import ModelError
-from fgl_app.files import sha256
+from fgl_app.files import cache_folder, sha256
 
 DIFFUSION = "diffusion"
 CAPTIONER = "captioner"
@@ -44,8 +43,7 @@ def folder_of(name: str, cache: Path | None = None) -> Path:
         ModelError: If the archive is damaged.
     """
     archive = (_HERE / f"{name}.json").read_bytes()
-    default = os.environ.get("FGL_CACHE", "~/.cache/federated-generative-learning")
-    root = cache or Path(default).expanduser()
+    root = cache or cache_folder()
     target = root / f"{name}-{sha256(archive)[:16]}"
     if target.is_dir():
         return target

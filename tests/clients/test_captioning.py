@@ -1,24 +1,26 @@
 import pytest
 import torch
 
-from clients.captioning import Blip2Captioner
+from clients.captioning import CachedCaptioner, HubCaptioner
 from clients.prompting import write_prompts
-from fgl_app.data.digits import CLASS_NAMES
-from fgl_app.data.sources import digits_split
+from fgl_app.cards import load_card
+from fgl_app.data.sources import load_split
 from fgl_app.errors import ModelError
 
+CLASS_NAMES = load_card("digits").class_names()
 
-def load(source: str = "tiny", batch_size: int = 64) -> Blip2Captioner:
-    return Blip2Captioner(source, revision="", batch_size=batch_size, max_new_tokens=32, device=torch.device("cpu"))
+
+def load(source: str = "tiny") -> HubCaptioner:
+    return HubCaptioner(source, revision="", dtype="auto", max_new_tokens=32, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def captioner() -> Blip2Captioner:
+def captioner() -> HubCaptioner:
     return load()
 
 
 def test_captions_of_private_digits_name_their_class_and_style(captioner, settings):
-    data = digits_split(settings.data, "validation")
+    data = load_split(settings.card, settings.data, "validation")
 
     captions = captioner(data.images)
 
@@ -35,16 +37,16 @@ def test_the_image_decides_the_caption(captioner):
 
 
 def test_a_caption_does_not_depend_on_the_batch(captioner, settings):
-    images = digits_split(settings.data, "validation").images[:10]
+    images = load_split(settings.card, settings.data, "validation").images[:10]
 
-    assert load(batch_size=3)(images) == captioner(images)
+    assert [caption for image in images for caption in captioner(image[None])] == captioner(images)
 
 
 def test_instance_prompts_are_distinct_with_counts(captioner, settings):
-    data = digits_split(settings.data, "validation")
+    data = load_split(settings.card, settings.data, "validation")
 
     prompts = write_prompts(
-        data, CLASS_NAMES, class_template="{class}", instance_template="{class}, {caption}", captioner=captioner
+        data, CLASS_NAMES, form_of=settings.prompt_form, domains=(), num_prompts_per_class=1, captioner=captioner
     )
 
     assert sum(item.count for item in prompts) == len(data)
@@ -55,3 +57,42 @@ def test_instance_prompts_are_distinct_with_counts(captioner, settings):
 def test_a_folder_that_is_no_captioner_is_refused(tmp_path):
     with pytest.raises(ModelError, match="`captioner`"):
         load(str(tmp_path))
+
+
+def test_captions_are_kept_by_the_images_hash_so_that_an_interruption_resumes(tmp_path):
+    images = torch.arange(5 * 3 * 8 * 8, dtype=torch.int64).remainder(251).to(torch.uint8).reshape(5, 3, 8, 8)
+    seen: list[int] = []
+
+    def stop_after_two_batches(batch: torch.Tensor) -> list[str]:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(batch))
+        return [f"caption {int(image.sum())}" for image in batch]
+
+    def cached(captioner) -> CachedCaptioner:
+        return CachedCaptioner(lambda: captioner, identity=("a", 1), batch_size=2, folder=tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(stop_after_two_batches)(images)
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes() + b'\n["cut sho')
+    rest: list[int] = []
+    captions = cached(lambda batch: rest.append(len(batch)) or [f"caption {int(i.sum())}" for i in batch])(images)
+
+    assert (seen, rest) == ([2, 2], [1])
+    assert captions == [f"caption {int(image.sum())}" for image in images]
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert cached(None)(images) == captions  # nothing is loaded where nothing is missing
+
+
+def test_equal_images_are_captioned_once(tmp_path):
+    asked: list[int] = []
+    cached = CachedCaptioner(
+        lambda: lambda batch: asked.append(len(batch)) or ["same"] * len(batch),
+        identity=("b",),
+        batch_size=8,
+        folder=tmp_path,
+    )
+
+    assert cached(torch.zeros(6, 3, 8, 8, dtype=torch.uint8)) == ["same"] * 6
+    assert asked == [1]

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fgl_app.cards import load_card
 from fgl_app.config import APP_FOLDER
-from fgl_app.data import digits
+from fgl_app.data.division import divide
+from fgl_app.data.readers import open_part
 
 pytestmark = pytest.mark.e2e
 
@@ -33,12 +35,14 @@ def command(start: str) -> str:
 
 def write_site(folder: Path, site: int) -> None:
     """Write every second private zero and one as PNG files, one folder per class."""
-    images, labels = digits.load()
+    card = load_card("digits")
+    part = open_part(card, "train", "")
+    train = divide(card, part.labels)["train"]
     for label, name in ((0, "zero"), (1, "one")):
         (folder / name).mkdir(parents=True)
-        rows = [row for row in digits.split_indices(labels)["train"] if labels[row] == label]
+        rows = [row for row in train if part.labels[row] == label]
         for row in rows[site::2]:
-            Image.fromarray(images[row]).resize((32, 32), Image.Resampling.BILINEAR).save(folder / name / f"{row}.png")
+            part.image(row).resize((32, 32), Image.Resampling.BILINEAR).save(folder / name / f"{row}.png")
 
 
 def free_port() -> int:

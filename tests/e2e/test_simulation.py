@@ -65,7 +65,7 @@ def test_the_method_runs_from_prompts_to_results(first_run):
     assert left_behind == set()
     assert str(run) in output
     assert "image/s" in output
-    assert [(row["round"], row["phase"]) for row in found["rounds"]] == [(1, "one-shot"), (2, "fedavg")]
+    assert [(row["round"], row["phase"]) for row in found["rounds"]] == [(1, "one-shot"), (2, "federated")]
     assert found["rounds"][0]["accuracy"] > 0.3  # chance is 0.1; the server saw no client's image
     assert found["final_accuracy"] == found["rounds"][-1]["accuracy"]
     assert found["paper_metric"] == max(row["accuracy"] for row in found["rounds"])
@@ -81,7 +81,7 @@ def test_the_method_runs_from_prompts_to_results(first_run):
     ]
     assert (run / "prompts.jsonl").stat().st_mode & 0o777 == 0o600
     prompts = [json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines()]
-    assert {tuple(row) for row in prompts} == {("label", "prompt", "count")}
+    assert {tuple(row) for row in prompts} == {("label", "prompt", "count", "domain")}
     assert sum(row["count"] for row in prompts) == 838
     assert json.loads((run / "config.json").read_text())["run_config"]["seed"] == 3
 
@@ -159,11 +159,11 @@ def test_a_wrong_configuration_ends_at_once_with_one_sentence(tmp_path, override
 
 
 def test_fedavg_and_centralized_are_one_flag_away(tmp_path):
-    for method in ("fedavg", "centralized"):
+    for method, phase in (("fedavg", "federated"), ("centralized", "centralized")):
         names = (f"method={method}", f"run-name={method}", f"output-dir={tmp_path}")
         fgl("run", *FAST, *names, "--clients", "2", cwd=tmp_path)
         found = results(tmp_path / method)
-        assert [(row["round"], row["phase"]) for row in found["rounds"]] == [(1, method), (2, method)]
+        assert [(row["round"], row["phase"]) for row in found["rounds"]] == [(1, phase), (2, phase)]
         assert found["synthesis"] is None
 
 

@@ -3,8 +3,8 @@ import logging
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from fgl_app.cards import load_card
 from fgl_app.client_app import app
-from fgl_app.data.digits import CLASS_NAMES
 from fgl_app.models import to_arrays
 from fgl_app.phases import initial_arrays
 from fgl_app.records import decode_prompts, payload_of
@@ -18,18 +18,18 @@ def ask(run_config, message_type, node_config, content=None):
 def test_prompts_hold_classes_and_counts_only(run_config):
     reply = ask(run_config, "query.prompts", {"partition-id": 0, "num-partitions": 3})
 
-    prompts = decode_prompts(payload_of(reply), num_classes=10)
-    assert {item.prompt.split()[-1] for item in prompts} <= set(CLASS_NAMES)
+    prompts = decode_prompts(payload_of(reply))
+    assert {item.prompt.split()[-1] for item in prompts} <= set(load_card("digits").class_names())
     assert set(reply.content) == {"prompts", "metrics", "client"}
 
 
 def test_training_returns_new_weights_and_the_number_of_images(run_config, settings):
-    sent = initial_arrays(settings)
+    sent = initial_arrays(settings, settings.card.class_names())
     content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
 
     first, second = (ask(run_config, "train", {"partition-id": 1, "num-partitions": 3}, content) for _ in range(2))
 
-    name = "fc.weight"
+    name = "9.weight"
     assert first.content["metrics"]["num-examples"] >= 10
     assert not torch.equal(first.content["arrays"].to_torch_state_dict()[name], sent.to_torch_state_dict()[name])
     assert first.content["arrays"][name].data == second.content["arrays"][name].data

@@ -1,15 +1,20 @@
+import gzip
 import hashlib
+import struct
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fgl_app.cards import load_card
 from fgl_app.config import parse_run_config
-from fgl_app.data import digits
+from fgl_app.data.division import divide
 from fgl_app.data.folder import load_folder, split_folder
+from fgl_app.data.images import to_pixels
 from fgl_app.data.partition import partition_indices
-from fgl_app.data.sources import load_client_data
+from fgl_app.data.readers import open_part
+from fgl_app.data.sources import load_client_data, load_split
 from fgl_app.errors import DataError
 
 
@@ -21,74 +26,160 @@ def write_images(folder, counts):
             Image.fromarray(rng.integers(0, 255, (12, 20, 3), np.uint8)).save(folder / name / f"{index}.png")
 
 
-def test_the_split_is_disjoint_complete_and_never_changes():
-    _, labels = digits.load()
-    parts = digits.split_indices(labels)
+def client_data(settings, node_config, class_names=None):
+    return load_client_data(settings.card, settings.data, node_config, 0, class_names)
 
-    assert {name: len(rows) for name, rows in parts.items()} == {
-        "public": 599,
-        "train": 838,
-        "validation": 120,
-        "test": 240,
-    }
-    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(1797))
+
+def test_the_digits_split_is_disjoint_complete_and_never_changes():
+    card = load_card("digits")
+    parts = divide(card, open_part(card, "train", "").labels)
+
+    sizes = {"public": 599, "train": 838, "validation": 120, "test": 240}
+    assert {name: len(rows) for name, rows in parts.items()} == sizes
+    assert sorted(row for rows in parts.values() for row in rows) == list(range(1797))
     # The shipped models were trained on exactly this public third; another one would leak private images into them.
-    digest = hashlib.sha256(parts["public"].astype("<i8").tobytes()).hexdigest()
+    digest = hashlib.sha256(np.array(parts["public"]).astype("<i8").tobytes()).hexdigest()
     assert digest == "d7f6553b632faa31dd4b27a58e8337f57d4215ba3649624de1615f7f5235ba3b"
 
 
-@pytest.mark.parametrize(("scheme", "beta"), [("iid", 1.0), ("dirichlet", 0.01), ("dirichlet", 0.5)])
-@pytest.mark.parametrize("num_partitions", [2, 5])
+def partition(labels, num_partitions, scheme, seed=3, beta=0.5, min_samples=10, domains=None):
+    return partition_indices(
+        labels, domains, num_partitions, scheme, beta=beta, classes_per_client=3, shards_per_client=2,
+        min_samples=min_samples, seed=seed,
+    )  # fmt: skip
+
+
+SCHEMES = [("iid", 1.0), ("dirichlet", 0.01), ("dirichlet", 0.5), ("pathological", 1.0), ("shards", 1.0)]
+
+
+@pytest.mark.parametrize(("scheme", "beta"), SCHEMES)
+@pytest.mark.parametrize("num_partitions", [5, 8])
 def test_a_partition_is_disjoint_complete_and_repeatable(scheme, beta, num_partitions):
     labels = (np.arange(400) % 10).tolist()
 
-    parts = partition_indices(labels, num_partitions, scheme, beta, min_samples=10, seed=3)
+    parts = partition(labels, num_partitions, scheme, beta=beta)
 
-    assert sorted(index for part in parts for index in part) == list(range(400))
+    given = sorted(index for part in parts for index in part)
+    if scheme == "pathological":  # a class that no client was given is left out
+        classes = {labels[index] for index in given}
+        assert given == [index for index in range(400) if labels[index] in classes]
+    else:
+        assert given == list(range(400))
     assert min(map(len, parts)) >= 10
-    assert parts == partition_indices(labels, num_partitions, scheme, beta, min_samples=10, seed=3)
-    assert parts != partition_indices(labels, num_partitions, scheme, beta, min_samples=10, seed=4)
+    assert parts == partition(labels, num_partitions, scheme, beta=beta)
+    assert parts != partition(labels, num_partitions, scheme, seed=4, beta=beta)
 
 
 def test_a_small_beta_separates_the_classes():
     labels = (np.arange(1000) % 10).tolist()
 
     def classes_per_client(beta):
-        parts = partition_indices(labels, 5, "dirichlet", beta, min_samples=10, seed=0)
+        parts = partition(labels, 5, "dirichlet", seed=0, beta=beta)
         return np.mean([len({labels[index] for index in part}) for part in parts])
 
     assert classes_per_client(0.01) < classes_per_client(100.0)
 
 
+def test_a_pathological_client_has_its_number_of_classes():
+    labels = (np.arange(400) % 10).tolist()
+
+    assert {len({labels[index] for index in part}) for part in partition(labels, 10, "pathological")} == {3}
+
+
+def test_a_client_per_domain():
+    domains = [0, 1, 2] * 20
+
+    parts = partition([0, 1] * 30, 3, "domain", domains=domains)
+
+    assert [{domains[index] for index in part} for part in parts] == [{0}, {1}, {2}]
+    with pytest.raises(DataError, match="number of domains, 3"):
+        partition([0, 1] * 30, 4, "domain", domains=domains)
+
+
+def test_a_thousand_clients():
+    parts = partition((np.arange(4000) % 10).tolist(), 1000, "iid", min_samples=1)
+
+    assert {len(part) for part in parts} == {4}
+
+
 def test_an_impossible_partition_is_refused():
     with pytest.raises(DataError, match="at least 10 images"):
-        partition_indices([0] * 20, 5, "iid", 1.0, min_samples=10, seed=0)
+        partition([0] * 20, 5, "iid")
 
 
 def test_clients_hold_the_whole_train_part_and_no_held_out_image(settings):
-    clients = [load_client_data(settings.data, {"partition-id": i, "num-partitions": 3}, seed=0) for i in range(3)]
+    clients = [client_data(settings, {"partition-id": i, "num-partitions": 3}) for i in range(3)]
 
     assert sum(len(client.train) for client in clients) == 838
-    assert {len(client.held_out.test) for client in clients} == {240}
+    assert {len(client.held_out().test) for client in clients} == {240}
+
+
+def test_fewer_training_images_are_a_fixed_choice_with_all_classes(run_config):
+    settings = parse_run_config(run_config | {"max-train-images": 100})
+
+    first, second = (load_split(settings.card, settings.data, "train") for _ in range(2))
+
+    assert len(first) == 100
+    assert torch.equal(first.images, second.images)
+    assert torch.bincount(first.labels, minlength=10).min() >= 8
 
 
 @pytest.mark.parametrize("node_config", [{}, {"partition-id": 3, "num-partitions": 3}, {"partition-id": 0}])
 def test_a_node_without_a_place_is_refused(settings, node_config):
     with pytest.raises(DataError, match="partition-id"):
-        load_client_data(settings.data, node_config, seed=0)
+        client_data(settings, node_config)
+
+
+def test_a_picture_is_padded_scaled_and_cropped_to_a_square():
+    picture = Image.new("L", (28, 28), 255)
+
+    assert to_pixels(picture, [("pad", 2)], 32)[0].sum() == 28 * 28 * 255
+    assert to_pixels(picture, [("center-crop", 20), ("resize", 10)], 8).shape == (3, 8, 8)
+    assert to_pixels(Image.new("RGB", (40, 20)), [], 16).shape == (3, 16, 16)
+
+
+def write_idx(path, values):
+    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+    with gzip.open(path, "wb") as file:
+        file.write(header + values.tobytes())
+
+
+def test_fashion_mnist_is_read_from_the_files_that_debian_packages(tmp_path, run_config, monkeypatch):
+    monkeypatch.setenv("FGL_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 400), ("t10k", 20)):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 255, (count, 28, 28), np.uint8))
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", (np.arange(count) % 10).astype(np.uint8))
+    settings = parse_run_config(run_config | {"dataset": "fashion-mnist", "data-dir": str(tmp_path), "image-size": 0})
+
+    parts = {name: load_split(settings.card, settings.data, name) for name in ("public", "train", "validation", "test")}
+
+    assert {name: len(part) for name, part in parts.items()} == {
+        "public": 200, "train": 180, "validation": 20, "test": 20,
+    }  # fmt: skip
+    assert parts["test"].images.shape == (20, 3, 28, 28)
+    assert parts["test"].labels.tolist() == [*range(10), *range(10)]
+
+
+def test_data_that_are_nowhere_are_named_with_advice(tmp_path, run_config, monkeypatch):
+    monkeypatch.setenv("FGL_CACHE", str(tmp_path / "cache"))
+    settings = parse_run_config(run_config | {"dataset": "fashion-mnist", "data-dir": str(tmp_path)})
+
+    with pytest.raises(DataError, match=r"Fashion-MNIST.*`data-dir`"):
+        load_split(settings.card, settings.data, "test")
 
 
 def test_a_folder_of_images_per_class_is_read_at_the_image_size(tmp_path, run_config):
     write_images(tmp_path / "site", {"cat": 10, "dog": 20})
     settings = parse_run_config(run_config | {"dataset": "folder", "class-names": "bird, cat, dog"})
 
-    data = load_client_data(settings.data, {"data-path": str(tmp_path / "site")}, seed=0)
+    data = client_data(settings, {"data-path": str(tmp_path / "site")})
 
     assert data.train.images.shape == (21, 3, 8, 8)
     assert data.train.images.dtype == torch.uint8
     assert torch.bincount(data.train.labels, minlength=3).tolist() == [0, 7, 14]
-    assert torch.bincount(data.held_out.test.labels, minlength=3).tolist() == [0, 2, 4]
-    assert torch.bincount(data.held_out.validation.labels, minlength=3).tolist() == [0, 1, 2]
+    assert torch.bincount(data.held_out().test.labels, minlength=3).tolist() == [0, 2, 4]
+    assert torch.bincount(data.held_out().validation.labels, minlength=3).tolist() == [0, 1, 2]
 
 
 def test_hidden_folders_are_passed_over(tmp_path):
@@ -126,3 +217,15 @@ def test_folders_that_cannot_be_used_are_refused_with_the_reason(tmp_path):
     }.items():
         with pytest.raises(DataError, match=reason):
             load_folder(tmp_path / name, ["cat", "dog"], 8)
+
+
+def test_a_node_without_the_runs_classes_has_its_own_until_it_is_told(tmp_path, run_config):
+    write_images(tmp_path, {"dog": 10, "cat": 10})
+    settings = parse_run_config(run_config | {"dataset": "folder"})
+
+    own = client_data(settings, {"data-path": str(tmp_path)})
+    told = client_data(settings, {"data-path": str(tmp_path)}, ("ape", "cat", "dog"))
+
+    assert own.class_names == ("cat", "dog")
+    assert set(own.train.labels.tolist()) == {0, 1}
+    assert set(told.train.labels.tolist()) == {1, 2}

@@ -10,13 +10,13 @@ from fgl_app.prompts import (
     merge_prompts,
     spread_budget,
 )
-from fgl_app.records import decode_prompts, encode_prompts
+from fgl_app.records import Upload, decode_prompts, encode_prompts, label_prompts
 
 counts = st.builds(PromptCount, st.integers(0, 3), st.sampled_from("abcdefg"), st.integers(1, 50))
 
 
 def test_class_prompts_are_distinct_with_counts():
-    assert class_prompts([1, 0, 1], ["cat", "dog"], "A photo of a {class}") == [
+    assert class_prompts([1, 0, 1], ["cat", "dog"], ["A photo of a {class}"]) == [
         PromptCount(0, "A photo of a cat", 1),
         PromptCount(1, "A photo of a dog", 2),
     ]
@@ -74,4 +74,23 @@ def test_what_a_captioner_says_becomes_one_printable_line():
 def test_whatever_a_caption_holds_the_server_accepts_the_prompt(caption):
     prompts = instance_prompts([0], [caption], ["cat"], "{class}, {caption}")
 
-    assert decode_prompts(encode_prompts(prompts), num_classes=1) == prompts
+    assert label_prompts(decode_prompts(encode_prompts(Upload(prompts, ("cat",)))), ["cat"]) == prompts
+
+
+def test_several_templates_give_several_prompts_of_each_class():
+    prompts = class_prompts([0, 0], ["owl"], ["a photo of {a class}", "{class}, sketch"])
+
+    assert [(item.prompt, item.count) for item in prompts] == [("a photo of an owl", 2), ("owl, sketch", 2)]
+
+
+def test_images_can_be_spread_evenly_whatever_the_counts():
+    prompts = [PromptCount(0, "a", 97), PromptCount(0, "b", 2), PromptCount(0, "c", 1)]
+
+    # 10 / 3 = 3 each, and the remainder goes to the prompt that sorts first.
+    assert [item.num_images for item in spread_budget(prompts, 10, uniform=True)] == [4, 3, 3]
+
+
+def test_prompts_of_different_domains_stay_apart():
+    merged = merge_prompts([[PromptCount(0, "a cat", 2, "sketch")], [PromptCount(0, "a cat", 3, "photo")]])
+
+    assert [(item.domain, item.count) for item in merged] == [("photo", 3), ("sketch", 2)]

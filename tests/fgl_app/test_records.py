@@ -2,14 +2,27 @@ import json
 import zlib
 
 import pytest
+import torch
 from flwr.app import Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fgl_app.data.digits import CLASS_NAMES
+from fgl_app.cards import load_card
 from fgl_app.errors import PromptError
 from fgl_app.prompts import PromptCount, class_prompts
-from fgl_app.records import decode_prompts, encode_prompts, payload_of, prompts_reply, serialized_bytes
+from fgl_app.records import (
+    Upload,
+    decode_prompts,
+    embeddings_of,
+    encode_prompts,
+    label_prompts,
+    payload_of,
+    prompts_reply,
+    serialized_bytes,
+    union_of_classes,
+)
+
+CLASS_NAMES = load_card("digits").class_names()
 
 words = st.text(st.characters(categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=20)
 prompt_lists = st.lists(
@@ -22,13 +35,13 @@ prompt_lists = st.lists(
 
 @given(prompt_lists)
 def test_prompts_survive_the_journey(prompts):
-    assert decode_prompts(encode_prompts(prompts), num_classes=10) == prompts
+    assert label_prompts(decode_prompts(encode_prompts(Upload(prompts, CLASS_NAMES))), CLASS_NAMES) == prompts
 
 
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_prompts_are_refused(payload):
     with pytest.raises(PromptError):
-        decode_prompts(payload, num_classes=10)
+        decode_prompts(payload)
 
 
 @pytest.mark.parametrize(
@@ -36,24 +49,27 @@ def test_bytes_that_are_no_prompts_are_refused(payload):
     [
         [],
         {},
-        [[0, 1]],
-        [[10, 1, "label out of range"]],
-        [[-1, 1, "label out of range"]],
-        [[True, 1, "label is no number"]],
-        [[0, 0, "count too small"]],
-        [[0, 10**10, "count too large"]],
-        [[0, 1.5, "count is no whole number"]],
-        [[0, 1, ""]],
-        [[0, 1, "x" * 1001]],
-        [[0, 1, "line\nbreak"]],
-        [[0, 1, "right to left \u202e override"]],
-        [[0, 1, "lone surrogate \ud800"]],
-        [[0, 1, "twice"], [0, 2, "twice"]],
+        [["cat", 1]],
+        [[0, 1, "class is no name"]],
+        [["", 1, "class without a name"]],
+        [["c" * 101, 1, "name too long"]],
+        [["cat", True, "count is no number"]],
+        [["cat", 0, "count too small"]],
+        [["cat", 10**10, "count too large"]],
+        [["cat", 1.5, "count is no whole number"]],
+        [["cat", 1, ""]],
+        [["cat", 1, "x" * 1001]],
+        [["cat", 1, "line\nbreak"]],
+        [["cat", 1, "right to left \u202e override"]],
+        [["cat", 1, "lone surrogate \ud800"]],
+        [["cat", 1, "twice"], ["cat", 2, "twice"]],
+        [["cat", 1, "domain is no name", 3]],
+        [["cat", 1, "too much", "sketch", "more"]],
     ],
 )
 def test_malformed_prompts_are_refused_without_being_quoted(rows):
     with pytest.raises(PromptError) as caught:
-        decode_prompts(zlib.compress(json.dumps(rows).encode()), num_classes=10)
+        decode_prompts(zlib.compress(json.dumps(rows).encode()))
 
     assert not any(text in str(caught.value) for row in rows for text in row if isinstance(text, str) and len(text) > 3)
 
@@ -62,16 +78,72 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
     monkeypatch.setattr("fgl_app.records.MAX_PAYLOAD_BYTES", 1000)
 
     with pytest.raises(PromptError, match="1000 bytes"):
-        decode_prompts(zlib.compress(b"[" + b" " * 10**6 + b"]"), num_classes=10)
+        decode_prompts(zlib.compress(b"[" + b" " * 10**6 + b"]"))
 
 
 def test_ten_class_prompts_fit_the_papers_229_bytes():
     prompts = class_prompts(
-        [label for label in range(10) for _ in range(80 + label)], CLASS_NAMES, "A photo of a {class}"
+        [label for label in range(10) for _ in range(80 + label)], CLASS_NAMES, ["A photo of a {class}"]
     )
     question = Message(RecordDict(), dst_node_id=1, message_type="query.prompts")
-    reply = Message(prompts_reply(prompts, 845, 0), reply_to=question)
+    reply = Message(prompts_reply(Upload(prompts, CLASS_NAMES), 845, 0), reply_to=question)
 
     assert len(prompts) == 10
     assert len(payload_of(reply)) <= 229
     assert serialized_bytes(reply) > len(payload_of(reply))
+
+
+def test_a_class_or_a_domain_that_is_not_the_runs_is_refused():
+    named = decode_prompts(encode_prompts(Upload([PromptCount(0, "a cat", 1, "sketch")], ("cat",))))
+
+    assert label_prompts(named, ["dog", "cat"], ["photo", "sketch"]) == [PromptCount(1, "a cat", 1, "sketch")]
+    with pytest.raises(PromptError, match="class"):
+        label_prompts(named, ["dog"], ["sketch"])
+    with pytest.raises(PromptError, match="domain"):
+        label_prompts(named, ["cat"], ["photo"])
+
+
+def test_the_label_space_is_the_union_of_the_clients_classes():
+    uploads = [
+        decode_prompts(encode_prompts(Upload([PromptCount(i, "p", 1) for i in range(2)], names)))
+        for names in (("dog", "cat"), ("eel", "dog"))
+    ]
+
+    assert union_of_classes(uploads) == ("cat", "dog", "eel")
+    with pytest.raises(PromptError, match="2 to"):
+        union_of_classes([uploads[0][:1]])
+
+
+def reply_with(embeddings, prompts=("e",)):
+    upload = Upload([PromptCount(0, name, 1) for name in prompts], ("cat",), embeddings)
+    question = Message(RecordDict(), dst_node_id=1, message_type="query.prompts")
+    reply = Message(prompts_reply(upload, 1, 0), reply_to=question)
+    return reply, decode_prompts(payload_of(reply))
+
+
+def test_embeddings_survive_the_journey_and_their_bytes_are_counted():
+    sent = {"e": torch.randn(5, 8).half()}
+
+    received, size = embeddings_of(*reply_with(sent))
+
+    assert torch.equal(received["e"], sent["e"])
+    assert 5 * 8 * 2 < size < 5 * 8 * 2 + 200
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "reason"),
+    [
+        ({}, "must hold"),
+        ({"e": torch.zeros(5, 8)}, "float16"),
+        ({"e": torch.zeros(5).half()}, "float16"),
+        ({"e": torch.zeros(0, 8).half()}, "float16"),
+        ({"e": torch.full((2, 8), float("nan")).half()}, "finite"),
+        ({"e": torch.zeros(2, 8).half(), "f": torch.zeros(2, 9).half()}, "width"),
+        ({"other": torch.zeros(2, 8).half()}, "name"),
+    ],
+)
+def test_embeddings_that_cannot_be_used_are_refused(embeddings, reason):
+    reply, named = reply_with(embeddings)
+
+    with pytest.raises(PromptError, match=reason):
+        embeddings_of(reply, named)

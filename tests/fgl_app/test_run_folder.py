@@ -8,7 +8,7 @@ from fgl_app.config import parse_run_config
 from fgl_app.errors import ConfigError, RunFolderError
 from fgl_app.models import check_model
 from fgl_app.phases import resolve
-from fgl_app.prompts import PromptCount
+from fgl_app.prompts import MergedPrompts, PromptCount
 from fgl_app.records import evaluation_metrics, mean_evaluation
 from fgl_app.reporting.results import summarize
 from fgl_app.reporting.run_folder import RunFolder
@@ -19,11 +19,12 @@ from fgl_app.training import Evaluation
 def row(number: int, accuracy: float = 0.5, validation: float = 0.5) -> dict:
     return {
         "round": number,
-        "phase": "fedavg",
+        "phase": "federated",
         "accuracy": accuracy,
         "loss": 1.0,
         "validation_accuracy": validation,
         "model_upload_bytes": 100,
+        "upload_bytes": 500,
     }
 
 
@@ -75,11 +76,18 @@ def test_a_damaged_checkpoint_is_named(folder):
 
 
 def test_prompts_are_kept_for_their_owner_alone(folder):
-    prompts = [PromptCount(0, "a cat", 3), PromptCount(1, "ein Hund, groß", 1)]
+    prompts = MergedPrompts(
+        (PromptCount(0, "a cat", 3), PromptCount(1, "ein Hund, groß", 1, "photo")), ("cat", "dog"),
+        {"e": torch.ones(2, 3).half()},
+    )  # fmt: skip
 
     folder.save_prompts(prompts, {"payload": 10, "message": 20})
 
-    assert folder.load_prompts() == (prompts, {"payload": 10, "message": 20})
+    merged, upload = folder.load_prompts()
+    assert (merged.prompts, merged.class_names) == (prompts.prompts, prompts.class_names)
+    assert torch.equal(merged.embeddings["e"], prompts.embeddings["e"])
+    assert upload == {"payload": 10, "message": 20}
+    assert folder.embeddings.stat().st_mode & 0o777 == 0o600
     assert (folder.path / "prompts.jsonl").stat().st_mode & 0o777 == 0o600
 
 
@@ -122,13 +130,16 @@ def test_the_three_accuracies_are_what_their_names_say(settings):
     assert (results["selected_round"], results["selected_accuracy"]) == (1, 0.5)  # best on validation, the earliest
     assert results["paper_metric"] == 0.9  # best on test
     assert results["synthesis"]["images_per_second"] == 2.0
+    assert results["one_shot_accuracy"] == 0.5  # after the first round
     assert results["upload_bytes"]["model_per_client_per_round"] == 100
+    assert results["upload_bytes"]["total"] == 4 * 500
 
 
 def test_clients_evaluations_are_weighted_by_the_images_behind_them():
+    none = torch.zeros(0, dtype=torch.int64)
     contents = [
-        RecordDict({"metrics": evaluation_metrics(Evaluation(1.0, 0.5, 2), Evaluation(1.0, 0.2, 10))}),
-        RecordDict({"metrics": evaluation_metrics(Evaluation(0.0, 0.0, 0), Evaluation(4.0, 0.8, 30))}),
+        RecordDict({"metrics": evaluation_metrics(Evaluation(1.0, 0.5, 2, none), Evaluation(1.0, 0.2, 10, none))}),
+        RecordDict({"metrics": evaluation_metrics(Evaluation(0.0, 0.0, 0, none), Evaluation(4.0, 0.8, 30, none))}),
     ]
 
     mean = mean_evaluation(contents, "num-examples")

@@ -12,7 +12,7 @@ import torch
 from fgl_app.config import APP_FOLDER, parse_run_config
 from fgl_app.errors import ModelError, SynthesisError
 from fgl_app.phases import draw_plan
-from fgl_app.prompts import PromptBudget, PromptCount
+from fgl_app.prompts import MergedPrompts, PromptBudget, PromptCount
 from fgl_app.store import UnitStore
 from fgl_app.synthesis import generator
 from fgl_app.synthesis.launch import synthesize
@@ -20,13 +20,13 @@ from fgl_app.synthesis.plan import UNIT_SIZE, DrawSettings, Plan
 from fgl_app.synthesis.worker import work
 
 SETTINGS = DrawSettings(
-    generator="tiny", generator_revision="", num_inference_steps=2, guidance_scale=2.0, negative_prompt="",
-    stored_size=256, seed=0,
+    generator="tiny", generator_revision="", scheduler="own", num_inference_steps=2, guidance_scale=2.0,
+    generation_size=0, stored_size=256, seed=0,
 )  # fmt: skip
 
 
 def plan_of(*budget: PromptBudget, batch_size: int = 8, **changes: object) -> Plan:
-    return Plan(dataclasses.replace(SETTINGS, **changes), budget, "cpu", batch_size)
+    return Plan(dataclasses.replace(SETTINGS, **changes), budget, {"": ""}, "", "cpu", batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +138,17 @@ def test_the_worker_process_reports_progress_and_its_store_is_read_back(tmp_path
     lines: list[str] = []
     plan = plan_of(PromptBudget(4, "four", 3), PromptBudget(7, "seven", 2))
 
-    images, report = synthesize(plan, tmp_path, lines.append)
+    images, report = synthesize(plan, tmp_path / "store", tmp_path, lines.append)
 
     assert images.labels.tolist() == [4, 4, 4, 7, 7]
     assert (report.images, report.generated, report.reused) == (5, 5, 0)
     assert any("5/5" in line and "image/s" in line for line in lines)
-    assert synthesize(plan, tmp_path, lines.append)[1].generated == 0
+    assert synthesize(plan, tmp_path / "store", tmp_path, lines.append)[1].generated == 0
 
 
 def test_a_failing_worker_is_an_error_with_its_reason(tmp_path):
     with pytest.raises(SynthesisError, match=r"ended with 1\. `generator`"):
-        synthesize(plan_of(PromptBudget(0, "zero", 1), generator=str(tmp_path / "absent")), tmp_path, print)
+        synthesize(plan_of(PromptBudget(0, "zero", 1), generator=str(tmp_path / "absent")), tmp_path, tmp_path, print)
 
 
 @pytest.mark.e2e
@@ -173,11 +173,13 @@ def test_a_worker_killed_in_the_middle_leaves_a_store_that_is_completed_to_the_s
     assert store.content_hash(ids) == undisturbed.content_hash(ids)
 
 
-def test_on_a_cpu_the_batch_size_of_the_settings_changes_nothing(run_config):
-    prompts = [PromptCount(0, "zero", 1)]
+def test_on_a_cpu_the_batch_size_of_the_settings_changes_nothing(run_config, tmp_path):
+    prompts = MergedPrompts((PromptCount(0, "zero", 1),), ("zero", "one"))
 
     plans = [
-        draw_plan(parse_run_config(run_config | {"synthesis-batch-size": size, "device": "cpu"}), prompts)
+        draw_plan(
+            parse_run_config(run_config | {"synthesis-batch-size": size, "device": "cpu"}), prompts, tmp_path / "none"
+        )
         for size in (1, 50)
     ]
 

@@ -16,10 +16,12 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from fgl_app.cards import load_card
+from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import RoundError
 from fgl_app.phases import initial_arrays
-from fgl_app.prompts import PromptCount
+from fgl_app.prompts import MergedPrompts, PromptCount
 from strategies import FGL, CheckedRounds
 from strategies.rounds import restore_integers
 
@@ -34,13 +36,19 @@ def fedavg(num_clients: int = 3) -> FedAvg:
 
 def identity_fgl(inner: Strategy | None = None, **changes: object) -> FGL:
     options = {
-        "num_classes": 10,
+        "class_names": load_card("digits").class_names(),
         "num_clients": 3,
-        "synthesize": lambda prompts: NOTHING,
+        "synthesize": lambda merged: NOTHING,
         "pretrain": lambda arrays, images: arrays,
         "connect_timeout_s": 1,
     }
     return FGL(inner or fedavg(), **(options | changes))
+
+
+@pytest.fixture
+def resnet(run_config):
+    """Settings of a model with BatchNorm, whose number of batches is an integer."""
+    return parse_run_config(run_config | {"model": "resnet18"})
 
 
 def same(first: ArrayRecord, second: ArrayRecord) -> bool:
@@ -48,7 +56,7 @@ def same(first: ArrayRecord, second: ArrayRecord) -> bool:
 
 
 def test_with_an_identity_as_server_phase_it_is_its_inner_strategy(make_grid, settings):
-    start = initial_arrays(settings)
+    start = initial_arrays(settings, settings.card.class_names())
 
     ours = identity_fgl().start(make_grid(), start, num_rounds=3).arrays
     # Rounds 2 and 3 of FGL are FedAvg's rounds 2 and 3, whose number seeds the clients' order of images.
@@ -63,7 +71,10 @@ def test_one_round_is_one_shot(make_grid, settings):
     seen: list[int] = []
 
     result = identity_fgl(pretrain=lambda arrays, images: marked).start(
-        grid, initial_arrays(settings), num_rounds=1, evaluate_fn=lambda number, arrays: seen.append(number)
+        grid,
+        initial_arrays(settings, settings.card.class_names()),
+        num_rounds=1,
+        evaluate_fn=lambda number, arrays: seen.append(number),
     )
 
     assert same(result.arrays, marked)
@@ -76,7 +87,7 @@ def test_rounds_are_counted_as_the_paper_does(make_grid, settings):
 
     result = identity_fgl().start(
         grid,
-        initial_arrays(settings),
+        initial_arrays(settings, settings.card.class_names()),
         num_rounds=3,
         evaluate_fn=lambda number, arrays: MetricRecord({"number": number}),
     )
@@ -93,8 +104,8 @@ def test_rounds_are_counted_as_the_paper_does(make_grid, settings):
 def test_clients_prompts_reach_the_synthesis_merged(make_grid, settings):
     received: list[PromptCount] = []
 
-    strategy = identity_fgl(synthesize=lambda prompts: received.extend(prompts) or NOTHING)
-    strategy.start(make_grid(partition="iid"), initial_arrays(settings), num_rounds=1)
+    strategy = identity_fgl(synthesize=lambda merged: received.extend(merged.prompts) or NOTHING)
+    strategy.start(make_grid(partition="iid"), initial_arrays(settings, settings.card.class_names()), num_rounds=1)
 
     assert [item.label for item in received] == list(range(10))
     assert received[7].prompt == "a photo of a handwritten seven"
@@ -109,19 +120,27 @@ def test_fine_tuning_follows_every_aggregation(make_grid, settings):
         tuned.append(server_round)
         return ArrayRecord({name: torch.zeros_like(torch.from_numpy(a.numpy())) for name, a in arrays.items()})
 
-    result = identity_fgl(finetune=finetune).start(make_grid(), initial_arrays(settings), num_rounds=3)
+    result = identity_fgl(finetune=finetune).start(
+        make_grid(), initial_arrays(settings, settings.card.class_names()), num_rounds=3
+    )
 
     assert tuned == [2, 3]
-    assert not result.arrays["fc.weight"].numpy().any()
+    assert not result.arrays["9.weight"].numpy().any()
 
 
 def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(make_grid, settings):
-    start = initial_arrays(settings)
+    start = initial_arrays(settings, settings.card.class_names())
     whole = identity_fgl().start(make_grid(), start, num_rounds=3).arrays
     half = identity_fgl().start(make_grid(), start, num_rounds=2).arrays
     grid = make_grid()
 
-    resumed = identity_fgl(prompts=[PromptCount(0, "zero", 1)], rounds_done=2).start(grid, half, num_rounds=3).arrays
+    resumed = (
+        identity_fgl(
+            prompts=MergedPrompts((PromptCount(0, "zero", 1),), load_card("digits").class_names()), rounds_done=2
+        )
+        .start(grid, half, num_rounds=3)
+        .arrays
+    )
 
     assert same(resumed, whole)
     assert grid.asked == ["train"] * 3
@@ -139,20 +158,22 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(make_grid, sett
         FedTrimmedAvg,
     ],
 )
-def test_any_inner_strategy_trains_and_keeps_integer_buffers(make_grid, settings, inner):
+def test_any_inner_strategy_trains_and_keeps_integer_buffers(make_grid, resnet, inner):
     strategy = identity_fgl(inner(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3))
 
-    arrays = strategy.start(make_grid(), initial_arrays(settings), num_rounds=2).arrays
+    arrays = strategy.start(
+        make_grid(model="resnet18"), initial_arrays(resnet, resnet.card.class_names()), num_rounds=2
+    ).arrays
 
     assert arrays["bn1.num_batches_tracked"].dtype == "int64"
-    assert not same(arrays, initial_arrays(settings))
+    assert not same(arrays, initial_arrays(resnet, resnet.card.class_names()))
 
 
 def test_clients_evaluate_every_round_the_one_shot_model_included(make_grid, settings):
     inner = FedAvg(min_train_nodes=3, min_evaluate_nodes=3, min_available_nodes=3)
     strategy = identity_fgl(inner)
 
-    strategy.start(make_grid(), initial_arrays(settings), num_rounds=2)
+    strategy.start(make_grid(), initial_arrays(settings, settings.card.class_names()), num_rounds=2)
 
     assert list(strategy.client_metrics) == [1, 2]
     assert 0 <= strategy.client_metrics[2]["accuracy"] <= 1
@@ -163,7 +184,7 @@ def test_all_clients_failing_in_the_prompt_round_is_an_error_without_their_words
     grid.broken = set(grid.node_configs)
 
     with pytest.raises(RoundError, match=r"prompt round.*3 of 3 failed: The client failed") as caught:
-        identity_fgl().start(grid, initial_arrays(settings), num_rounds=2)
+        identity_fgl().start(grid, initial_arrays(settings, settings.card.class_names()), num_rounds=2)
 
     assert "own words" not in str(caught.value)
 
@@ -173,7 +194,9 @@ def test_all_clients_failing_in_a_training_round_is_an_error(make_grid, settings
     grid.broken = set(grid.node_configs)
 
     with pytest.raises(RoundError, match=r"training round 1.*3 of 3 failed"):
-        CheckedRounds(fedavg(), num_clients=3).start(grid, initial_arrays(settings), num_rounds=1)
+        CheckedRounds(fedavg(), num_clients=3).start(
+            grid, initial_arrays(settings, settings.card.class_names()), num_rounds=1
+        )
 
 
 def test_a_client_failing_is_left_out(make_grid, settings):
@@ -181,16 +204,18 @@ def test_a_client_failing_is_left_out(make_grid, settings):
     grid.broken = {1001}
     received: list[PromptCount] = []
 
-    strategy = identity_fgl(synthesize=lambda prompts: received.extend(prompts) or NOTHING)
-    strategy.start(grid, initial_arrays(settings), num_rounds=2)
+    strategy = identity_fgl(synthesize=lambda merged: received.extend(merged.prompts) or NOTHING)
+    strategy.start(grid, initial_arrays(settings, settings.card.class_names()), num_rounds=2)
 
     assert 0 < sum(item.count for item in received) < 838
-    assert len(strategy.traffic.model_bytes) == 2
+    assert len(strategy.traffic.model_bytes[2]) == 2
 
 
 def test_too_few_clients_is_an_error(make_grid, settings):
     with pytest.raises(RoundError, match="`num-clients` is 4, but after 1 s only 3"):
-        identity_fgl(num_clients=4).start(make_grid(), initial_arrays(settings), num_rounds=1)
+        identity_fgl(num_clients=4).start(
+            make_grid(), initial_arrays(settings, settings.card.class_names()), num_rounds=1
+        )
 
 
 def test_a_silent_exchange_is_an_error(make_grid, settings):
@@ -198,7 +223,7 @@ def test_a_silent_exchange_is_an_error(make_grid, settings):
     grid.silent = True
 
     with pytest.raises(RoundError, match="no client replied in time"):
-        identity_fgl().start(grid, initial_arrays(settings), num_rounds=1)
+        identity_fgl().start(grid, initial_arrays(settings, settings.card.class_names()), num_rounds=1)
 
 
 def test_a_client_that_goes_away_ends_the_run_instead_of_hanging(make_grid, settings):
@@ -209,7 +234,7 @@ def test_a_client_that_goes_away_ends_the_run_instead_of_hanging(make_grid, sett
         return arrays
 
     with pytest.raises(RoundError, match="only 2 were connected"):
-        identity_fgl(pretrain=pretrain).start(grid, initial_arrays(settings), num_rounds=2)
+        identity_fgl(pretrain=pretrain).start(grid, initial_arrays(settings, settings.card.class_names()), num_rounds=2)
 
 
 def test_a_clients_own_words_are_never_logged(make_grid, settings, caplog):
@@ -217,16 +242,20 @@ def test_a_clients_own_words_are_never_logged(make_grid, settings, caplog):
     grid.broken = {1001}
 
     with caplog.at_level(logging.DEBUG, "flwr"):
-        identity_fgl().start(grid, initial_arrays(settings), num_rounds=2)
+        identity_fgl().start(grid, initial_arrays(settings, settings.card.class_names()), num_rounds=2)
 
     assert "1 of 3 clients failed: The client failed" in caplog.text
     assert "own words" not in caplog.text
 
 
-def test_differential_privacy_wraps_inside(make_grid, settings):
+def test_differential_privacy_wraps_inside(make_grid, resnet):
     noisy = DifferentialPrivacyServerSideFixedClipping(fedavg(), 0.001, 1.0, 3)
 
-    arrays = identity_fgl(noisy).start(make_grid(), initial_arrays(settings), num_rounds=2).arrays
+    arrays = (
+        identity_fgl(noisy)
+        .start(make_grid(model="resnet18"), initial_arrays(resnet, resnet.card.class_names()), num_rounds=2)
+        .arrays
+    )
 
     assert arrays["bn1.num_batches_tracked"].dtype == "int64"
 

@@ -1,0 +1,195 @@
+"""Prompts as embeddings (FGL v2): what the generator's text encoder makes of them, summarised, clipped and noised."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from transformers import AutoTokenizer, CLIPTextModel
+
+from fgl_app import tiny
+from fgl_app.errors import ConfigError, ModelError
+from fgl_app.prompts import PromptCount
+
+
+class Encoder(Protocol):
+    """Turns texts into embeddings."""
+
+    context_length: int
+    """Longest embedding, tokens."""
+
+    def __call__(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Return float32 ``[T, D]`` for each text, T its number of tokens without padding."""
+
+
+class TextEncoder:
+    """The text encoder of a Stable Diffusion 1.x or 2.x: CLIP's, and nothing else of the pipeline.
+
+    Args:
+        generator: ``tiny``, a folder that ``save_pretrained`` of the pipeline wrote, or a hub id.
+        revision: Git revision of a hub id; empty for the newest.
+        device: Where to run it.
+
+    Raises:
+        ModelError: If the generator has no such encoder.
+    """
+
+    def __init__(self, generator: str, revision: str, device: torch.device) -> None:
+        """Load tokenizer and encoder."""
+        path = str(tiny.folder_of(tiny.DIFFUSION)) if generator == "tiny" else os.path.expanduser(generator)
+        pinned = revision if revision and generator != "tiny" and not Path(path).is_dir() else None
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", revision=pinned)
+            self._model: Any = CLIPTextModel.from_pretrained(
+                path, subfolder="text_encoder", revision=pinned, dtype=torch.float32, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"`prompt-level` embedding needs a `generator` whose text encoder is CLIP's, as Stable Diffusion 1.x "
+                f"and 2.x have it, but {generator!r} has none ({type(error).__name__})."
+            ) from None
+        self._model.to(device).eval()
+        self._device = device
+        self.context_length: int = self._tokenizer.model_max_length
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Return float32 ``[T, D]`` for each text, T its number of tokens, begin and end included."""
+        embeddings = []
+        for start in range(0, len(texts), 256):
+            tokens = self._tokenizer(
+                list(texts[start : start + 256]), padding="max_length", truncation=True, return_tensors="pt"
+            )
+            hidden = self._model(tokens.input_ids.to(self._device)).last_hidden_state.float().cpu()
+            # Padding may be the end token itself, so that the attention mask, not the ids, tells the length.
+            lengths = tokens.attention_mask.sum(1).tolist()
+            embeddings += [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]
+        return embeddings
+
+
+def embed_prompts(
+    prompts: Sequence[PromptCount],
+    encoder: Encoder,
+    *,
+    summary: str,
+    num_clusters: int,
+    clip_norm: float,
+    epsilon: float,
+    delta: float,
+    seed: int,
+) -> tuple[list[PromptCount], dict[str, torch.Tensor]]:
+    """Turn a client's prompts into embeddings.
+
+    Args:
+        prompts: Distinct prompts of the client.
+        encoder: The generator's text encoder.
+        summary: ``none`` sends the embedding of each prompt; ``mean`` one mean per class and domain, weighted by the
+            prompts' counts; ``clusters`` the centres of k-means per class and domain.
+        num_clusters: k, at most; a class with fewer prompts has fewer.
+        clip_norm: C: each prompt's embedding, as one vector, is scaled to at most this Euclidean norm; 0 for none.
+        epsilon: Epsilon of the Gaussian mechanism; 0 for no noise. It protects the content of one image's prompt:
+            replacing it moves its embedding by at most 2 C, and a mean over n images by 2 C / n. Noise of that standard
+            deviation, times the multiplier that an accountant finds for (epsilon, delta), is added to every entry
+            (Dwork & Roth 2014, Appendix A). Class, number of prompts and counts are not hidden by it.
+        delta: Delta of the mechanism.
+        seed: Seed of k-means. The noise has none: who knew its seed could take it off again.
+
+    Returns:
+        Prompts whose text is the name of an embedding, and the embeddings, float16 ``[T, D]``, by name.
+
+    Raises:
+        ConfigError: If noise is asked for and the accountant is not installed.
+    """
+    if epsilon > 0 and (clip_norm <= 0 or summary == "clusters"):
+        raise ConfigError("Noise needs `embedding-clip` > 0 and `embedding-summary` none or mean.")
+    groups: dict[tuple[int, str], list[tuple[torch.Tensor, int]]] = defaultdict(list)
+    for item, embedding in zip(prompts, encoder([item.prompt for item in prompts]), strict=True):
+        groups[item.label, item.domain].append((_clipped(embedding, clip_norm), item.count))
+    noise_multiplier = calibrated_multiplier(epsilon, delta) if epsilon > 0 else 0.0
+    named: Counter[tuple[int, str, str]] = Counter()
+    embeddings: dict[str, torch.Tensor] = {}
+    for (label, domain), members in sorted(groups.items(), key=lambda pair: pair[0]):
+        # Noise hides nothing if the length tells what was said.
+        length = encoder.context_length if epsilon > 0 else max(len(embedding) for embedding, _ in members)
+        for embedding, count, sensitivity in _summarised(members, summary, num_clusters, length, clip_norm, seed):
+            noisy = embedding
+            if noise_multiplier:
+                draw = np.random.default_rng().standard_normal(embedding.shape)
+                noisy = embedding + torch.from_numpy(draw).float() * (noise_multiplier * sensitivity)
+            half = noisy.clamp(-6e4, 6e4).half()
+            name = embedding_name(half)
+            embeddings[name] = half
+            named[label, name, domain] += count  # long prompts that differ behind the context's end are one
+    return [
+        PromptCount(label, name, count, domain) for (label, name, domain), count in sorted(named.items())
+    ], embeddings
+
+
+def embedding_name(embedding: torch.Tensor) -> str:
+    """Name an embedding, float16 ``[T, D]``, by its content; the name stands in the place of a prompt's text."""
+    content = f"{tuple(embedding.shape)}".encode() + embedding.contiguous().numpy().tobytes()
+    return f"embedding:{hashlib.sha256(content).hexdigest()[:32]}"
+
+
+def calibrated_multiplier(epsilon: float, delta: float) -> float:
+    """Return the least noise, in multiples of the sensitivity, with which one release is (epsilon, delta)-private.
+
+    Raises:
+        ConfigError: If dp-accounting is not installed.
+    """
+    try:
+        import dp_accounting
+        from dp_accounting.pld import PLDAccountant
+    except ImportError:
+        raise ConfigError(
+            "`embedding-epsilon` needs the package dp-accounting, which is not installed here. Install the extra: "
+            "pip install 'federated-generative-learning[privacy]'."
+        ) from None
+    multiplier: float = dp_accounting.calibrate_dp_mechanism(
+        PLDAccountant, dp_accounting.GaussianDpEvent, epsilon, delta
+    )
+    return multiplier
+
+
+def _clipped(embedding: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    norm = float(embedding.norm())
+    return embedding * min(1.0, clip_norm / norm) if clip_norm > 0 and norm > 0 else embedding
+
+
+def _summarised(
+    members: Sequence[tuple[torch.Tensor, int]],
+    summary: str,
+    num_clusters: int,
+    length: int,
+    clip_norm: float,
+    seed: int,
+) -> list[tuple[torch.Tensor, int, float]]:
+    """Return embeddings with their counts and sensitivities to one image's prompt."""
+    if summary == "none" and length == max(len(embedding) for embedding, _ in members):
+        return [(embedding, count, 2 * clip_norm) for embedding, count in members]
+    stacked = torch.stack([extended(embedding, length) for embedding, _ in members])  # [M, T, D]
+    # Repeated end tokens make a clipped embedding longer: it is clipped again at its full length.
+    stacked = torch.stack([_clipped(row, clip_norm) for row in stacked])
+    counts = np.array([count for _, count in members])
+    if summary == "none":
+        return [(row, int(count), 2 * clip_norm) for row, count in zip(stacked, counts, strict=True)]
+    if summary == "mean":
+        weights = torch.from_numpy(counts / counts.sum()).float()
+        return [(torch.einsum("m,mtd->td", weights, stacked), int(counts.sum()), 2 * clip_norm / int(counts.sum()))]
+    flat = stacked.reshape(len(stacked), -1).numpy()
+    model = KMeans(min(num_clusters, len(np.unique(flat, axis=0))), n_init=4, random_state=seed % 2**32)
+    assigned = model.fit_predict(flat, sample_weight=counts)
+    centres = torch.from_numpy(model.cluster_centers_).float().reshape(-1, *stacked.shape[1:])
+    return [(centres[index], int(counts[assigned == index].sum()), 0.0) for index in range(len(centres))]
+
+
+def extended(embedding: torch.Tensor, length: int) -> torch.Tensor:
+    """Repeat the end token's row until the embedding ``[T, D]`` has ``length`` rows."""
+    return torch.cat([embedding, embedding[-1:].expand(length - len(embedding), -1)])

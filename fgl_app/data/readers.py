@@ -1,0 +1,191 @@
+"""Open a part of a card's source: with scikit-learn, torchvision, Hugging Face's datasets, or as plain folders.
+
+Every reader gives the same three things: the label of each image, its domain if there are several, and the image itself
+on request, so that a client decodes only the images that it holds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fgl_app.cards import Card
+from fgl_app.errors import DataError
+from fgl_app.files import cache_folder, write_atomically
+
+_IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's
+
+
+@dataclass(frozen=True, eq=False)  # opened once and known by identity
+class Part:
+    """N images of one part of a source, not yet decoded."""
+
+    labels: tuple[int, ...]
+    """Class of each image, 0 to K - 1, as the card counts; length N."""
+    domains: tuple[int, ...] | None
+    """Domain of each image, 0 to D - 1; None for a data set of one domain."""
+    image: Callable[[int], Image.Image]
+    """Decodes image number i."""
+
+
+def open_part(card: Card, name: str, data_dir: str) -> Part:
+    """Open ``train``, ``validation`` or ``test`` of a card's source.
+
+    Args:
+        card: The data set.
+        name: A key of ``card.splits``.
+        data_dir: Folder where the data lie; empty for the cache, into which the library downloads.
+
+    Raises:
+        DataError: If the data cannot be found, downloaded or understood.
+    """
+    reader: Callable[[Card, Any, Path | None], Part] = {
+        "sklearn": _open_sklearn,
+        "torchvision": _open_torchvision,
+        "huggingface": _open_huggingface,
+        "folder": _open_folder,
+    }[card.kind]
+    folder = Path(data_dir).expanduser() if data_dir else None
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"`data-dir` must be a folder, but {str(folder)!r} is none.")
+    part = reader(card, card.splits[name], folder)
+    if not part.labels:
+        raise DataError(f"The {name} part of {card.name} must hold images of the card's classes, but holds none.")
+    return part
+
+
+def _open_sklearn(card: Card, split: Any, folder: Path | None) -> Part:
+    import sklearn.datasets
+
+    bunch = getattr(sklearn.datasets, card.locator)()
+    scale = 255.0 / float(bunch.images.max())
+    pixels = np.rint(bunch.images * scale).astype(np.uint8)
+    return Part(tuple(map(int, bunch.target)), None, lambda row: Image.fromarray(pixels[row]))
+
+
+def _open_torchvision(card: Card, split: Any, folder: Path | None) -> Part:
+    import torchvision
+
+    made = getattr(torchvision.datasets, card.locator)
+    root = folder or cache_folder() / "data"
+    if folder is not None and (folder / "train-images-idx3-ubyte.gz").is_file():
+        root = _unpack_idx(card.locator, folder)
+    arguments = {**card.source_options, **split, "root": str(root)}
+    try:
+        dataset = _first_that_works(lambda: made(**arguments, download=False), lambda: made(**arguments, download=True))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{card.title} must lie in {str(root)!r} or be downloaded by torchvision, but neither works "
+            f"({type(error).__name__}: {' '.join(str(error).split())}). Set `data-dir` to a folder that holds it."
+        ) from None
+    # Most data sets list their labels; for the others every image has to be read once.
+    listed = getattr(dataset, "targets", None)
+    ids = [int(label) for label in listed] if listed is not None else [dataset[row][1] for row in range(len(dataset))]
+    return _choose(card, ids, None, lambda row: dataset[row][0])
+
+
+def _open_huggingface(card: Card, split: Any, folder: Path | None) -> Part:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(str(folder) if folder else card.locator, split=split, **card.source_options)
+    except Exception as error:  # its many errors have no base of their own
+        raise DataError(
+            f"{card.title} must be a data set that the hub, its local cache or `data-dir` has, but split {split!r} of "
+            f"{str(folder) if folder else card.locator!r} cannot be loaded ({type(error).__name__})."
+        ) from None
+    columns = card.columns
+    absent = [column for column in columns.values() if column not in table.column_names]
+    if absent:
+        raise DataError(
+            f"{card.title} must have the column {absent[0]!r}, but has {', '.join(table.column_names)}. "
+            "Correct `columns` in the card."
+        )
+    domains = None
+    if "domain" in columns:
+        values = table[columns["domain"]]
+        feature = table.features[columns["domain"]]
+        names = [feature.int2str(value) if hasattr(feature, "int2str") else str(value) for value in values]
+        domains = [card.domains.index(name) if name in card.domains else -1 for name in names]
+    return _choose(card, list(table[columns["label"]]), domains, lambda row: table[row][columns["image"]])
+
+
+def _open_folder(card: Card, split: Any, folder: Path | None) -> Part:
+    if folder is None:
+        raise DataError(f"`data-dir` must be the folder of {card.title}, but is empty.")
+    root = folder / split
+    domains: Sequence[str] = card.domains or ("",)
+    rows: list[tuple[Path, int | str, int]] = []
+    for number, domain in enumerate(domains):
+        for item in card.classes:
+            below = root / domain / str(item.source_id)
+            names = sorted(os.listdir(below)) if below.is_dir() else []
+            rows += [
+                (below / name, item.source_id, number) for name in names if Path(name).suffix.lower() in _IMAGE_ENDINGS
+            ]
+    if not rows:
+        layout = "DOMAIN/CLASS" if card.domains else "CLASS"
+        raise DataError(f"{str(root)!r} must hold images as {layout}/NAME.png of the card's classes, but holds none.")
+    return _choose(
+        card, [row[1] for row in rows], [row[2] for row in rows] if card.domains else None,
+        lambda index: open_image(rows[index][0]),
+    )  # fmt: skip
+
+
+def _choose(
+    card: Card,
+    source_ids: Sequence[int | str],
+    domains: Sequence[int] | None,
+    image: Callable[[int], Image.Image],
+) -> Part:
+    """Keep the images of the card's classes and domains, and count classes as the card does."""
+    labels = {item.source_id: index for index, item in enumerate(card.classes)}
+    kept = [row for row, value in enumerate(source_ids) if value in labels and (domains is None or domains[row] >= 0)]
+    return Part(
+        tuple(labels[source_ids[row]] for row in kept),
+        None if domains is None else tuple(domains[row] for row in kept),
+        lambda index: image(kept[index]),
+    )
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode an image file.
+
+    Raises:
+        DataError: If it is no readable image.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"Every image must be readable, but {str(path)!r} is not ({type(error).__name__}). Remove or repair it."
+        ) from None
+
+
+def _unpack_idx(name: str, folder: Path) -> Path:
+    """Unpack a folder of ``*-ubyte.gz`` files, as Debian packages them, to where torchvision looks for them."""
+    root = cache_folder() / "data-unpacked"
+    raw = root / name / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for packed in sorted(folder.glob("*-ubyte.gz")):
+        target = raw / packed.stem
+        if not target.exists():
+            with gzip.open(packed) as file:
+                write_atomically(target, file.read())
+    return root
+
+
+def _first_that_works(first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    try:
+        return first()
+    except (OSError, RuntimeError):
+        return second()

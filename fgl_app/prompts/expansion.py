@@ -1,0 +1,129 @@
+"""Prompts that the server writes from the class names (GPT-FL, Section 3.1), by templates or a language model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fgl_app.errors import ModelError
+from fgl_app.prompts.writing import PromptCount, fill, printable
+from fgl_app.rng import derive_seed
+
+_REQUEST = "Write one short caption of a real photograph that shows {a class}. Answer with the caption only."
+_ATTEMPTS = 20
+
+PromptWriter = Callable[[str, str, int], list[str]]
+"""From a class name, a template and a number to as many different prompts."""
+
+
+def templates_writer(templates: Sequence[str]) -> PromptWriter:
+    """Return a writer that fills the first templates of the card; there may be fewer than asked for."""
+    return lambda class_name, _, number: [fill(template, class_name) for template in templates[:number]]
+
+
+class LanguageModelWriter:
+    """A causal language model of transformers that expands a class name into many different prompts.
+
+    A model with a chat template is asked for a caption; any other continues the card's first template, e.g. "a photo of
+    a cat". Each prompt is sampled from a seed of its own; one that does not name its class gets the name in front.
+
+    Args:
+        source: Hub id, or a folder that ``save_pretrained`` wrote.
+        revision: Git revision of a hub id; empty for the newest.
+        max_new_tokens: Longest continuation, tokens.
+        seed: The run's seed.
+        device: Where to run the model.
+
+    Raises:
+        ModelError: If the model cannot be loaded.
+    """
+
+    def __init__(self, source: str, *, revision: str, max_new_tokens: int, seed: int, device: torch.device) -> None:
+        """Load tokenizer and model."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds of import, for few runs
+
+        path = os.path.expanduser(source)
+        pinned = revision if revision and not Path(path).is_dir() else None
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=pinned)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                path, revision=pinned, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+                use_safetensors=True,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"`prompt-writer` must be templates or a causal language model that transformers loads, but {source!r} "
+                f"is not ({type(error).__name__}: {error})."
+            ) from None
+        self._model.to(device).eval()
+        self._max_new_tokens = max_new_tokens
+        self._seed = seed
+        self._device = device
+
+    def __call__(self, class_name: str, template: str, number: int) -> list[str]:
+        """Write up to ``number`` different prompts of a class; fewer if the model repeats itself."""
+        opening = fill(template, class_name)
+        prompts: dict[str, None] = {}
+        for attempt in range(number + _ATTEMPTS):
+            if len(prompts) == number:
+                break
+            text = printable(self._sample(class_name, opening, attempt))
+            if class_name.lower() not in text.lower():
+                text = printable(f"{class_name}, {text}")
+            prompts[text] = None
+        return list(prompts)
+
+    @torch.inference_mode()
+    def _sample(self, class_name: str, opening: str, attempt: int) -> str:
+        chat = getattr(self._tokenizer, "chat_template", None) is not None
+        asked = opening
+        if chat:
+            asked = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": fill(_REQUEST, class_name)}], tokenize=False, add_generation_prompt=True
+            )
+        inputs = self._tokenizer(asked, return_tensors="pt").to(self._device)
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            torch.random.manual_seed(derive_seed(self._seed, "prompt-writer", class_name, opening, attempt))
+            ids = self._model.generate(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                max_new_tokens=self._max_new_tokens,
+                do_sample=True,
+                top_p=0.95,
+                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+            )
+        said: str = self._tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        first_line = next((line for line in said.splitlines() if line.strip()), "")
+        return first_line.strip("\"' ") if chat else f"{opening} {first_line}"
+
+
+def expand(
+    class_names: Sequence[str],
+    domains: Sequence[tuple[str, Sequence[str]]],
+    writer_of: Callable[[Sequence[str]], PromptWriter],
+    number: int,
+) -> list[PromptCount]:
+    """Expand every class name into prompts, for each domain.
+
+    Args:
+        class_names: How prompts call the K classes.
+        domains: Name (empty for none) and class templates of each domain.
+        writer_of: Gives the writer for a domain's templates.
+        number: Prompts per class and domain.
+
+    Returns:
+        Distinct prompts with equal counts, ordered by label and text.
+    """
+    prompts: set[PromptCount] = set()
+    with tqdm(total=len(domains) * len(class_names), desc="prompts", unit="class", ascii=True, mininterval=5.0) as bar:
+        for domain, templates in domains:
+            write = writer_of(templates)
+            for label, name in enumerate(class_names):
+                prompts |= {PromptCount(label, text, 1, domain) for text in write(name, templates[0], number)}
+                bar.update()
+    return sorted(prompts)

@@ -1,0 +1,78 @@
+"""Build the strategy of the rounds by its name: any of Flower's that averages arrays."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import shlex
+from typing import Any
+
+import flwr.serverapp.strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from fgl_app.errors import ConfigError
+from fgl_app.records import EQUAL_WEIGHT, NUM_EXAMPLES, mean_evaluation
+
+_OURS = frozenset(inspect.signature(FedAvg.__init__).parameters)
+"""Parameters that the run configuration sets by keys of its own."""
+
+
+def strategy_names() -> list[str]:
+    """Return the names of Flower's strategies that average arrays, FedAvg and its subclasses but for trees."""
+    found = vars(flwr.serverapp.strategy).items()
+    return sorted(
+        name
+        for name, value in found
+        if inspect.isclass(value) and issubclass(value, FedAvg) and not name.startswith("FedXgb")
+    )
+
+
+def build_inner(
+    name: str, options: str, *, num_selected: int, num_clients: int, weighting: str, evaluate_on_clients: bool
+) -> Strategy:
+    """Build the strategy of the rounds.
+
+    Args:
+        name: Name of its class in ``flwr.serverapp.strategy``.
+        options: Its own parameters, ``KEY=NUMBER`` each, divided by blanks.
+        num_selected: Clients that train in a round.
+        num_clients: All clients.
+        weighting: ``examples``: the mean is weighted by the clients' numbers of images (McMahan et al. 2017);
+            ``uniform``: it is not (FGL, Eq. 4).
+        evaluate_on_clients: Whether clients evaluate after each round.
+
+    Raises:
+        ConfigError: If Flower has no such strategy, or it does not take an option or its value.
+    """
+    known = strategy_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or known
+        raise ConfigError(f"`strategy` must be one of Flower's, but is {name!r}. Use {' or '.join(near)}.")
+    made = getattr(flwr.serverapp.strategy, name)
+    own = [key for key in inspect.signature(made.__init__).parameters if key not in _OURS]
+    keywords: dict[str, Any] = {}
+    for word in shlex.split(options):
+        key, _, text = word.partition("=")
+        key = key.replace("-", "_")
+        if key not in own:
+            raise ConfigError(
+                f"`strategy-options` of {name} must be among {', '.join(own) or 'none'}, but hold {word!r}."
+            )
+        try:
+            keywords[key] = int(text) if text.lstrip("-").isdigit() else float(text)
+        except ValueError:
+            raise ConfigError(f"`strategy-options` must be KEY=NUMBER, but hold {word!r}. Use eta=0.1.") from None
+    try:
+        strategy: Strategy = made(
+            fraction_train=1.0,
+            fraction_evaluate=1.0 if evaluate_on_clients else 0.0,
+            min_train_nodes=num_selected,
+            min_evaluate_nodes=num_clients if evaluate_on_clients else 0,
+            min_available_nodes=num_selected,
+            weighted_by_key=NUM_EXAMPLES if weighting == "examples" else EQUAL_WEIGHT,
+            evaluate_metrics_aggr_fn=mean_evaluation,
+            **keywords,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`strategy-options` {options!r} do not make a {name}: {error}.") from None
+    return strategy
