@@ -1,0 +1,144 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clients.embedding import TextEncoder, calibrated_multiplier, embed_prompts, embedding_name
+from fgl_app.errors import ConfigError, ModelError
+from fgl_app.prompts import PromptBudget, PromptCount
+from fgl_app.synthesis import generator
+from fgl_app.synthesis.plan import DrawSettings, Plan
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    PromptCount(0, "a photo of a handwritten zero", 3),
+    PromptCount(0, "zero", 1),
+    PromptCount(1, "a handwritten one", 2),
+]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return TextEncoder("tiny", "", CPU)
+
+
+def embed(encoder, prompts=PROMPTS, **changes):
+    options = {"summary": "none", "num_clusters": 2, "clip_norm": 0.0, "epsilon": 0.0, "delta": 1e-5, "seed": 0}
+    return embed_prompts(prompts, encoder, **(options | changes))
+
+
+def test_embeddings_have_the_texts_tokens_and_no_padding(encoder):
+    short, long = encoder(["zero", "a photo of a handwritten zero on paper"])
+
+    assert len(short) < len(long) < encoder.context_length
+    assert torch.equal(encoder(["zero"])[0], short)
+
+
+def test_each_prompt_becomes_one_embedding_of_the_same_class_and_count(encoder):
+    named, embeddings = embed(encoder)
+
+    assert sorted((item.label, item.count) for item in named) == [(0, 1), (0, 3), (1, 2)]
+    assert {item.prompt for item in named} == set(embeddings)
+    assert all(name == embedding_name(tensor) for name, tensor in embeddings.items())
+    assert {tensor.dtype for tensor in embeddings.values()} == {torch.float16}
+
+
+def test_long_prompts_that_are_cut_to_the_same_become_one(encoder):
+    prompts = [PromptCount(0, "zero " * 100 + end, 1) for end in ("left", "right")]
+
+    named, embeddings = embed(encoder, prompts)
+
+    assert [(item.label, item.count) for item in named] == [(0, 2)]
+    assert len(embeddings) == 1
+
+
+def test_the_mean_of_a_class_is_weighted_by_its_prompts_counts(encoder):
+    named, embeddings = embed(encoder, summary="mean")
+
+    assert [(item.label, item.count) for item in named] == [(0, 4), (1, 2)]
+    first, second = encoder([PROMPTS[0].prompt, PROMPTS[1].prompt])
+    # The shorter is continued by its end token.
+    second = torch.cat([second, second[-1:].expand(len(first) - len(second), -1)])
+    torch.testing.assert_close(embeddings[named[0].prompt].float(), 0.75 * first + 0.25 * second, atol=2e-3, rtol=2e-3)
+
+
+def test_clusters_keep_the_counts_and_are_repeatable(encoder):
+    prompts = [PromptCount(0, text, 1) for text in ("zero", "zero.", "a thin bold wide printed zero on paper")]
+
+    first, second = (embed(encoder, prompts, summary="clusters") for _ in range(2))
+
+    assert sorted(item.count for item in first[0]) == [1, 2]
+    assert first[0] == second[0]
+
+
+def test_clipping_bounds_the_norm(encoder):
+    _, embeddings = embed(encoder, clip_norm=1.5)
+
+    assert max(float(tensor.float().norm()) for tensor in embeddings.values()) == pytest.approx(1.5, abs=1e-2)
+
+
+def test_noise_has_the_calibrated_size_and_hides_the_length(encoder):
+    named, embeddings = embed(encoder, summary="mean", clip_norm=1.0, epsilon=2.0)
+
+    assert {len(tensor) for tensor in embeddings.values()} == {encoder.context_length}
+    # Class 0 has four images, so that replacing one prompt moves the mean by at most 2 / 4.
+    expected = calibrated_multiplier(2.0, 1e-5) * 2 * 1.0 / 4
+    noisy = embeddings[named[0].prompt].float()
+    assert float(noisy.std()) == pytest.approx(expected, rel=0.1)
+    again, _ = embed(encoder, summary="mean", clip_norm=1.0, epsilon=2.0)
+    assert again != named  # a seed that the server knows would let it take the noise off
+
+
+def test_the_accountant_agrees_with_the_bound_of_the_gaussian_mechanism():
+    # Balle & Wang 2018, Theorem 8: delta = Phi(1/(2s) - e s) - exp(e) Phi(-1/(2s) - e s) for sensitivity 1.
+    from scipy.stats import norm
+
+    epsilon, delta = 1.0, 1e-5
+    s = calibrated_multiplier(epsilon, delta)
+    exact = norm.cdf(1 / (2 * s) - epsilon * s) - 2.718281828459045**epsilon * norm.cdf(-1 / (2 * s) - epsilon * s)
+
+    assert exact == pytest.approx(delta, rel=0.02)
+
+
+def test_noise_without_a_bound_is_refused(encoder):
+    with pytest.raises(ConfigError, match="embedding-clip"):
+        embed(encoder, epsilon=1.0)
+
+
+def test_a_generator_without_clips_encoder_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="`prompt-level` embedding"):
+        TextEncoder(str(tmp_path), "", CPU)
+
+
+def draw(pipeline, prompts, embeddings, tmp_path):
+    settings = DrawSettings("tiny", "", "own", 10, 1.0, 0, 256, 0)
+    plan = Plan(settings, tuple(PromptBudget(item.label, item.prompt, 8) for item in prompts), {"": ""}, "", "cpu", 8)
+    samples = [sample for unit in plan.units() for sample in unit.samples]
+    loaded = None
+    if embeddings:
+        save_file(embeddings, tmp_path / "e.safetensors")
+        loaded = generator.load_embeddings(str(tmp_path / "e.safetensors"), pipeline)
+    # The noise derives from the prompt; here both must begin with the same noise.
+    samples = [type(s)(s.label, s.prompt, s.negative, s.sample_id, index) for index, s in enumerate(samples)]
+    return generator.draw(pipeline, samples, settings, 8, loaded).float()
+
+
+@pytest.mark.parametrize("text", ["a photo of a handwritten seven", "three, a bold upright wide handwritten three"])
+def test_embeddings_draw_the_images_of_their_words(encoder, tmp_path, text):
+    pipeline = generator.load_pipeline("tiny", "", CPU)
+    prompts = [PromptCount(0, text, 1)]
+    named, embeddings = embed(encoder, prompts)
+
+    by_text = draw(pipeline, prompts, {}, tmp_path)
+    by_embedding = draw(pipeline, named, embeddings, tmp_path)
+
+    # Padding is not uploaded, so that the images are near, not equal: the tolerance that the README states.
+    assert (by_text - by_embedding).abs().mean() < 6
+    assert (by_text[0] - by_text[1]).abs().mean() > 3 * (by_text - by_embedding).abs().mean()
+
+
+def test_embeddings_of_another_generator_are_refused(tmp_path):
+    pipeline = generator.load_pipeline("tiny", "", CPU)
+    save_file({"e": torch.zeros(4, 5).half()}, tmp_path / "e.safetensors")
+
+    with pytest.raises(ModelError, match="one `generator`"):
+        generator.load_embeddings(str(tmp_path / "e.safetensors"), pipeline)

@@ -1,0 +1,32 @@
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fgl_app.config import parse_run_config
+from fgl_app.errors import ConfigError
+from fgl_app.reporting.trackers import open_trackers
+
+
+def test_tensorboard_receives_every_metric_of_every_round(run_config, tmp_path):
+    settings = parse_run_config(run_config | {"trackers": "tensorboard"})
+
+    (tracker,) = open_trackers(settings, tmp_path)
+    for number in (1, 2):
+        tracker.log(number, {"accuracy": number / 4, "loss": 1.0})
+    tracker.close()
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("accuracy")] == [(1, 0.25), (2, 0.5)]
+    assert {"accuracy", "loss"} <= set(events.Tags()["scalars"])
+
+
+def test_an_unknown_tracker_is_refused(run_config):
+    with pytest.raises(ConfigError, match="`trackers` must list tensorboard, wandb, mlflow"):
+        parse_run_config(run_config | {"trackers": "tensorboard, excel"})
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(run_config):
+    try:
+        import mlflow  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match="pip install mlflow"):
+            open_trackers(parse_run_config(run_config | {"trackers": "mlflow"}), None)

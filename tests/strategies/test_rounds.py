@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+
+from fgl_app.phases import initial_arrays, parameter_names
+from strategies import CheckedRounds
+from strategies.inner import build_inner
+from strategies.rounds import update_metrics
+
+
+def record(values):
+    return ArrayRecord({"weight": Array(np.array(values, np.float32)), "count": Array(np.array(3))})
+
+
+def test_equal_updates_have_the_least_diversity_and_no_drift():
+    found = update_metrics(record([0.0, 0.0]), [record([1.0, 2.0])] * 4)
+
+    assert found["gradient_diversity"] == pytest.approx(1 / 4)
+    assert found["client_drift"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_orthogonal_updates_have_diversity_one():
+    found = update_metrics(record([1.0, 1.0]), [record([3.0, 1.0]), record([1.0, 5.0])])
+
+    # d_1 = (2, 0) and d_2 = (0, 4): (4 + 16) / |(2, 4)|^2 = 20 / 20.
+    assert found["gradient_diversity"] == pytest.approx(1.0)
+    # The mean is (2, 3) as weights; each client is (1, 2) away from it: sqrt(5).
+    assert found["client_drift"] == pytest.approx(5**0.5)
+
+
+def test_arrays_that_are_not_trained_do_not_count():
+    sent, got = record([0.0, 0.0]), record([1.0, 0.0])
+
+    assert update_metrics(sent, [got], parameters=["other"]) == {}
+    assert update_metrics(sent, [got], parameters=["weight"])["gradient_diversity"] == 1.0
+
+
+def test_statistics_of_batchnorm_are_no_parameters(run_config):
+    from fgl_app.config import parse_run_config
+
+    settings = parse_run_config(run_config | {"model": "resnet18"})
+    names = parameter_names(settings, ("cat", "dog"))
+
+    assert "bn1.weight" in names
+    assert "bn1.running_mean" not in names
+
+
+def rounds(make_grid, settings, *, fraction, seed=0, num_rounds=4, done=0):
+    """Run some rounds with 6 clients; return the places of those that trained in each."""
+    grid = make_grid(num_clients=6, partition="iid")
+    selected = -(-6 * fraction // 1)
+    inner = build_inner(
+        "FedAvg", "", num_selected=int(selected), num_clients=6, weighting="examples", evaluate_on_clients=False
+    )
+    strategy = CheckedRounds(inner, num_clients=6, fraction_train=fraction, seed=seed, rounds_done=done)
+    places: list[list[int]] = []
+    original = grid.send_and_receive
+
+    def spy(messages, **options):
+        messages = list(messages)
+        if messages and messages[0].metadata.message_type == "train":
+            places.append(sorted(message.metadata.dst_node_id - 1000 for message in messages))
+        return original(messages, **options)
+
+    grid.send_and_receive = spy
+    strategy.start(grid, initial_arrays(settings, settings.card.class_names()), num_rounds=num_rounds)
+    return places
+
+
+def test_a_fraction_of_the_clients_is_drawn_from_seed_and_round(make_grid, settings):
+    first = rounds(make_grid, settings, fraction=0.5)
+
+    assert [len(places) for places in first] == [3, 3, 3, 3]
+    assert len({tuple(places) for places in first}) > 1
+    assert first == rounds(make_grid, settings, fraction=0.5)
+    assert first[2:] == rounds(make_grid, settings, fraction=0.5, num_rounds=2, done=2)  # as a resumed run draws them
+    assert first != rounds(make_grid, settings, fraction=0.5, seed=1)
+
+
+def test_one_of_many_clients_is_enough(make_grid, settings):
+    assert [len(places) for places in rounds(make_grid, settings, fraction=0.1, num_rounds=2)] == [1, 1]
