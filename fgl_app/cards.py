@@ -143,7 +143,7 @@ def folder_card(class_names: Sequence[str]) -> Card:
         domains=(),
         transforms=(),
         native_size=224,
-        form=PromptForm(("a photo of a {class}",), "{class}, {caption}", ""),
+        form=PromptForm(("a photo of {a class}",), "{class}, {caption}", ""),
         domain_forms={},
     )
 
@@ -173,7 +173,7 @@ class _Reader:
     def __init__(self, path: Path, content: Any) -> None:
         self._path = path
         self._content = self._mapping("the card", content)
-        unknown = sorted(set(self._content) - self._KEYS)
+        unknown = sorted(map(str, set(self._content) - self._KEYS))
         if unknown:
             raise self._error(f"`{unknown[0]}`", f"be one of {', '.join(sorted(self._KEYS))}")
 
@@ -183,34 +183,38 @@ class _Reader:
         kind = source.pop("kind", None)
         if kind not in get_args(SourceKind):
             raise self._error("`source.kind`", f"be one of {', '.join(get_args(SourceKind))}, but is {kind!r}")
-        splits = self._mapping("`splits`", get("splits", {"train": "train"}))
-        if "train" not in splits or set(splits) - {"train", "validation", "test"}:
-            raise self._error("`splits`", "name the source's train, and may name its validation and test part")
+        locator = self._text("`source.name`", source.pop("name", ""))
+        if bool(locator) == (kind == "folder"):
+            raise self._error("`source.name`", f"be {'absent' if locator else 'there'} for kind {kind}")
+        splits = self._splits(kind, get("splits", {"train": {} if kind == "torchvision" else "train"}))
         shares = {name: self._share(name, get(name, 0.0)) for name in ("public", "validation", "test")}
         for name in ("validation", "test"):
             if (name in splits) == (shares[name] > 0):
                 raise self._error(f"`{name}`", f"be > 0 exactly if `splits` names no {name} part")
         prompts = self._mapping("`prompts`", get("prompts"))
-        form = self._form("`prompts`", prompts, None)
+        form = self._form("prompts", prompts, None)
         domains = self._mapping("`domains`", get("domains", {}))
+        columns = {"image": "image", "label": "label"} | dict(self._mapping("`columns`", get("columns", {})))
+        if kind != "folder" and bool(domains) != ("domain" in columns):
+            raise self._error("`columns.domain`", "be there exactly if `domains` names the domains")
         return Card(
             name=self._path.stem,
             title=self._text("`title`", get("title", self._path.stem)),
             licence=self._text("`licence`", get("licence", "not stated")),
             kind=kind,
-            locator=self._text("`source.name`", source.pop("name", "")),
+            locator=locator,
             source_options=source,
             splits=splits,
             **shares,
             split_seed=self._whole("`split-seed`", get("split-seed", 0)),
-            columns={"image": "image", "label": "label"} | dict(self._mapping("`columns`", get("columns", {}))),
+            columns=columns,
             classes=self._classes(get("classes")),
             domains=tuple(str(name) for name in domains),
-            transforms=tuple(self._transform(step) for step in get("transforms", [])),
+            transforms=tuple(self._transform(step) for step in self._list("`transforms`", get("transforms", []))),
             native_size=self._whole("`native-size`", get("native-size", 224)),
             form=form,
             domain_forms={
-                str(name): self._form(f"`domains.{name}`", self._mapping(f"`domains.{name}`", value), form)
+                str(name): self._form(f"domains.{name}", self._mapping(f"`domains.{name}`", value), form)
                 for name, value in domains.items()
                 if value
             },
@@ -220,20 +224,20 @@ class _Reader:
     def _form(self, where: str, value: Mapping[str, Any], parent: PromptForm | None) -> PromptForm:
         unknown = set(value) - {"class", "instance", "negative"}
         if unknown:
-            raise self._error(f"{where}.{sorted(map(str, unknown))[0]}", "be class, instance or negative")
-        templates = value.get("class", parent.class_templates if parent else None)
-        templates = (templates,) if isinstance(templates, str) else tuple(templates or ())
+            raise self._error(f"`{where}.{sorted(map(str, unknown))[0]}`", "be class, instance or negative")
+        templates = value.get("class", list(parent.class_templates) if parent else [])
+        templates = [templates] if isinstance(templates, str) else self._list(f"`{where}.class`", templates)
         if not templates:
-            raise self._error(f"{where}.class", "hold at least one template")
+            raise self._error(f"`{where}.class`", "hold at least one template")
         # A class prompt of a domain holds for its captions, too: the class goes where it stands, the caption behind it.
         instance = value.get("instance", parent.instance_template if parent else "{class}, {caption}")
         for template in templates:
-            if not any(mark in self._text(f"{where}.class", template) for mark in _PLACEHOLDERS):
-                raise self._error(f"{where}.class", f"contain {{class}} or {{a class}}, but is {template!r}")
-        if "{caption}" not in self._text(f"{where}.instance", instance):
-            raise self._error(f"{where}.instance", f"contain {{caption}}, but is {instance!r}")
-        negative = self._text(f"{where}.negative", value.get("negative", parent.negative if parent else ""))
-        return PromptForm(templates, instance, negative)
+            if not any(mark in self._text(f"`{where}.class`", template) for mark in _PLACEHOLDERS):
+                raise self._error(f"`{where}.class`", f"contain {{class}} or {{a class}}, but is {template!r}")
+        if "{caption}" not in self._text(f"`{where}.instance`", instance):
+            raise self._error(f"`{where}.instance`", f"contain {{caption}}, but is {instance!r}")
+        negative = self._text(f"`{where}.negative`", value.get("negative", parent.negative if parent else ""))
+        return PromptForm(tuple(templates), instance, negative)
 
     def _classes(self, value: Any) -> tuple[CardClass, ...]:
         if not isinstance(value, list) or len(value) < 2:
@@ -246,6 +250,8 @@ class _Reader:
             source_id = entry.get("id", name if self._content["source"].get("kind") == "folder" else index)
             if not name or not prompt or set(entry) - {"name", "prompt", "id"}:
                 raise self._error(f"`classes[{index}]`", "have a name and may have a prompt and an id")
+            if type(source_id) not in (int, str):
+                raise self._error(f"`classes[{index}].id`", f"be a whole number or text, but is {source_id!r}")
             classes.append(CardClass(name, prompt, source_id))
         for what in ("name", "source_id"):
             values = [getattr(item, what) for item in classes]
@@ -260,6 +266,22 @@ class _Reader:
                 if name in _TRANSFORMS and type(size) is int and size > 0:
                     return name, size
         raise self._error("`transforms`", f"hold steps such as `resize: 32` ({', '.join(_TRANSFORMS)}), px")
+
+    def _splits(self, kind: SourceKind, value: Any) -> Mapping[str, Any]:
+        splits = self._mapping("`splits`", value)
+        if "train" not in splits or set(splits) - {"train", "validation", "test"}:
+            raise self._error("`splits`", "name the source's train, and may name its validation and test part")
+        for name, part in splits.items():
+            if kind == "torchvision":  # arguments of its class; the others' parts have names
+                self._mapping(f"`splits.{name}`", part)
+            else:
+                self._text(f"`splits.{name}`", part)
+        return splits
+
+    def _list(self, where: str, value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise self._error(where, f"be a list, but is {value!r}")
+        return value
 
     def _mapping(self, where: str, value: Any) -> Mapping[str, Any]:
         if not isinstance(value, dict):

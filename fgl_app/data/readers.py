@@ -73,22 +73,37 @@ def _open_sklearn(card: Card, split: Any, folder: Path | None) -> Part:
 def _open_torchvision(card: Card, split: Any, folder: Path | None) -> Part:
     import torchvision
 
-    made = getattr(torchvision.datasets, card.locator)
+    made = getattr(torchvision.datasets, card.locator, None)
+    if made is None:
+        raise DataError(f"`source.name` of {card.name} must be a class of torchvision.datasets, not {card.locator!r}.")
     root = folder or cache_folder() / "data"
     if folder is not None and (folder / "train-images-idx3-ubyte.gz").is_file():
         root = _unpack_idx(card.locator, folder)
     arguments = {**card.source_options, **split, "root": str(root)}
     try:
         dataset = _first_that_works(lambda: made(**arguments, download=False), lambda: made(**arguments, download=True))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
             f"{card.title} must lie in {str(root)!r} or be downloaded by torchvision, but neither works "
             f"({type(error).__name__}: {' '.join(str(error).split())}). Set `data-dir` to a folder that holds it."
         ) from None
-    # Most data sets list their labels; for the others every image has to be read once.
+    return _choose(card, _torchvision_labels(dataset), None, lambda row: dataset[row][0])
+
+
+def _torchvision_labels(dataset: Any) -> list[int]:
+    """List the labels of a data set; one that has no list of them is read through, if possible without decoding."""
     listed = getattr(dataset, "targets", None)
-    ids = [int(label) for label in listed] if listed is not None else [dataset[row][1] for row in range(len(dataset))]
-    return _choose(card, ids, None, lambda row: dataset[row][0])
+    if listed is not None:
+        return [int(label) for label in listed]
+    loader = getattr(dataset, "loader", None)  # e.g. Imagenette, whose images take a minute to decode
+    if loader is None:
+        return [int(dataset[row][1]) for row in range(len(dataset))]
+    blank = Image.new("RGB", (1, 1))
+    dataset.loader = lambda path: blank
+    try:
+        return [int(dataset[row][1]) for row in range(len(dataset))]
+    finally:
+        dataset.loader = loader
 
 
 def _open_huggingface(card: Card, split: Any, folder: Path | None) -> Part:
@@ -111,11 +126,25 @@ def _open_huggingface(card: Card, split: Any, folder: Path | None) -> Part:
         )
     domains = None
     if "domain" in columns:
-        values = table[columns["domain"]]
-        feature = table.features[columns["domain"]]
-        names = [feature.int2str(value) if hasattr(feature, "int2str") else str(value) for value in values]
-        domains = [card.domains.index(name) if name in card.domains else -1 for name in names]
-    return _choose(card, list(table[columns["label"]]), domains, lambda row: table[row][columns["image"]])
+        numbers = {name: number for number, name in enumerate(card.domains)}
+        names = _column(table, columns["domain"], named=True)
+        domains = [numbers.get(str(name), -1) for name in names]
+        if all(number < 0 for number in domains):
+            raise DataError(
+                f"{card.title} must have domains that the card names, but has "
+                f"{', '.join(sorted(map(str, set(names))))}. Correct `domains` in the card."
+            )
+    labels = _column(table, columns["label"], named=isinstance(card.classes[0].source_id, str))
+    return _choose(card, labels, domains, lambda row: table[row][columns["image"]])
+
+
+def _column(table: Any, column: str, *, named: bool) -> list[int | str]:
+    """Read a column; the numbers of a ClassLabel as its names if ``named``, with "" for -1, which means no label."""
+    values: list[int | str] = table[column][:]
+    names = getattr(table.features[column], "names", None)
+    if not named or names is None:
+        return values
+    return [names[value] if isinstance(value, int) and value >= 0 else "" for value in values]
 
 
 def _open_folder(card: Card, split: Any, folder: Path | None) -> Part:

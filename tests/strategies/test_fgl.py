@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import (
     FedYogi,
     Strategy,
 )
+from PIL import Image
 
 from fgl_app.cards import load_card
 from fgl_app.config import parse_run_config
@@ -267,3 +268,42 @@ def test_integer_buffers_are_rounded_back():
 
     assert (restored["count"].numpy().item(), restored["count"].dtype) == (7, "int64")
     assert (restored["weight"].numpy().item(), restored["weight"].dtype) == (1.5, "float32")
+
+
+def test_clients_with_different_classes_form_the_union_and_train_on_it(make_grid, run_config, tmp_path):
+    for site, names in enumerate((("cat", "dog"), ("dog", "eel"), ("cat", "eel"))):
+        for shade, name in enumerate(names):
+            (tmp_path / str(site) / name).mkdir(parents=True)
+            for index in range(6):
+                Image.new("L", (8, 8), 40 * shade + index).save(tmp_path / str(site) / name / f"{index}.png")
+    settings = parse_run_config(run_config | {"dataset": "folder"})
+    grid = make_grid(dataset="folder")
+    for site, node_config in enumerate(grid.node_configs.values()):
+        node_config["data-path"] = str(tmp_path / str(site))
+    merged: list[MergedPrompts] = []
+
+    result = identity_fgl(
+        class_names=(),
+        on_prompts=merged.append,
+        pretrain=lambda arrays, images: initial_arrays(settings, merged[0].class_names),
+    ).start(grid, ArrayRecord(), num_rounds=2)
+
+    assert merged[0].class_names == ("cat", "dog", "eel")
+    assert [item.prompt for item in merged[0].prompts] == ["a photo of a cat", "a photo of a dog", "a photo of an eel"]
+    assert result.arrays["9.bias"].numpy().shape == (3,)
+    assert not same(result.arrays, initial_arrays(settings, merged[0].class_names))
+
+
+def test_embeddings_come_along_with_their_prompts(make_grid, settings):
+    merged: list[MergedPrompts] = []
+    strategy = identity_fgl(with_embeddings=True, on_prompts=merged.append)
+
+    strategy.start(
+        make_grid(prompt_level="embedding", embedding_summary="mean"),
+        initial_arrays(settings, settings.card.class_names()),
+        num_rounds=1,
+    )
+
+    assert {item.prompt for item in merged[0].prompts} == set(merged[0].embeddings)
+    assert sum(item.count for item in merged[0].prompts) == 838
+    assert min(strategy.traffic.prompt_payload_bytes) > 64 * 2
