@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,9 +29,41 @@ def run_command(
     client_gpus: Annotated[float, typer.Option(help="Share of a GPU per simulated client.", min=0)] = 0.0,
 ) -> None:
     """Run the application on Flower's simulation engine and end with a non-zero code if the run failed."""
-    from fgl_app.simulation import simulate  # Flower's and PyTorch's imports take seconds; --help needs neither
+    from fgl_app.simulation import parse_overrides, simulate  # imports of seconds, which --help does not need
 
-    simulate(overrides or [], num_clients=clients, client_cpus=client_cpus, client_gpus=client_gpus)
+    simulate(parse_overrides(overrides or []), num_clients=clients, client_cpus=client_cpus, client_gpus=client_gpus)
+
+
+@cli.command("compare")
+def compare_command(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="E.g. examples/digits/table1.yaml")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where runs, tables and figures go; by default ~/fgl-runs/EXPERIMENT.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where the data set lies, if it is not downloaded.")] = None,
+    client_cpus: Annotated[int, typer.Option(help="CPU cores per simulated client.", min=1)] = 2,
+    client_gpus: Annotated[float, typer.Option(help="Share of a GPU per simulated client.", min=0)] = 0.0,
+) -> None:
+    """Run an experiment, methods x conditions x seeds, and write its table and figures; a second start goes on."""
+    from fgl_app.comparison import compare
+
+    folder = (output_dir or Path("~/fgl-runs") / f"{experiment.resolve().parent.name}-{experiment.stem}").expanduser()
+    table = compare(
+        experiment, folder.absolute(), data_dir=None if data_dir is None else data_dir.absolute(),
+        client_cpus=client_cpus, client_gpus=client_gpus, say=typer.echo,
+    )  # fmt: skip
+    typer.echo(f"table and figures: {table}")
+
+
+@cli.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, e.g. ~/fgl-runs/digits")],
+) -> None:
+    """Write one HTML page for each finished run, report.html in its folder, and print its path."""
+    from fgl_app.reporting.report import write_report
+
+    for run in runs:
+        typer.echo(write_report(run))
 
 
 def main() -> None:

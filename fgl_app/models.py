@@ -85,6 +85,8 @@ def build_model(name: str, num_classes: int, image_size: int, seed: int, *, imag
         ConfigError: If there is no such classifier, or its ImageNet weights cannot be had.
     """
     check_model_name(name)
+    if name == "cnn" and imagenet:
+        raise ConfigError('`initial-weights` imagenet does not exist for model cnn. Use "random", or model resnet18.')
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(derive_seed(seed, "initial-weights"))
         if name == "cnn":

@@ -310,14 +310,15 @@ class Session:
         labels = range(len(self.class_names))
         confusion = confusion_matrix(data.labels.numpy(), test.predictions.numpy(), labels=list(labels))
         self.folder.save_confusion(self.class_names, confusion.tolist(), number)
-        by_domain = accuracy_by_domain(test.predictions, data, self.settings.card.domains)
-        macro = {"accuracy_macro": sum(by_domain.values()) / len(by_domain), "domain_accuracy": by_domain}
-        return {
+        measured: dict[str, Any] = {
             "accuracy": test.accuracy,
             "loss": test.loss,
             "validation_accuracy": validation.accuracy,
-            **(macro if by_domain else {}),
         }
+        if by_domain := accuracy_by_domain(test.predictions, data, self.settings.card.domains):
+            measured["accuracy_macro"] = sum(by_domain.values()) / len(by_domain)
+            measured["domain_accuracy"] = by_domain
+        return measured
 
     def _finish_round(
         self, number: int, phase: str, arrays: ArrayRecord, measured: Mapping[str, Any], sent: Mapping[str, Any]

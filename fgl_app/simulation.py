@@ -18,8 +18,9 @@ import sysconfig
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -34,23 +35,28 @@ class RunFailedError(FGLError):
     """Flower reports that the run did not complete."""
 
 
-def simulate(overrides: Sequence[str], *, num_clients: int, client_cpus: int, client_gpus: float) -> None:
+def simulate(
+    overrides: Mapping[str, RunConfigValue],
+    *,
+    num_clients: int,
+    client_cpus: int,
+    client_gpus: float,
+    output: TextIO | None = None,
+) -> None:
     """Run the application with ``num_clients`` simulated clients and wait for its end.
 
     Args:
-        overrides: Run configuration, ``KEY=VALUE`` each.
+        overrides: Run configuration that differs from the defaults.
         num_clients: Simulated clients.
         client_cpus: CPU cores per client.
         client_gpus: Share of a GPU per client.
+        output: Where Flower's output goes; standard output if None.
 
     Raises:
         ConfigError: If the configuration is wrong; nothing is started then.
         RunFailedError: If the run did not complete.
     """
-    chosen = parse_overrides(overrides)
-    if "num-clients" in chosen:
-        raise ConfigError("`num-clients` must be given as --clients here, which starts as many, but is a setting.")
-    chosen["num-clients"] = num_clients
+    chosen = dict(overrides) | {"num-clients": num_clients}
     settings = check_settings(parse_run_config(default_run_config() | chosen))
     if settings.prompts.prompt_level == "instance":  # the clients are on this machine
         check_model_source("captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json")
@@ -64,7 +70,7 @@ def simulate(overrides: Sequence[str], *, num_clients: int, client_cpus: int, cl
     ):
         command = ["flwr", "run", str(APP_FOLDER), "fgl", "--stream"]
         command += ["--run-config", run_config, "--federation-config", federation]
-        code, run_id = _stream(command, environment)
+        code, run_id = _stream(command, environment, output or sys.stdout)
         status = _status(run_id, environment) if run_id else "never started"
     if code != 0 or status != "finished:completed":
         raise RunFailedError(
@@ -85,6 +91,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, RunConfigValue]:
         key, mark, text = word.partition("=")
         if not mark or not key:
             raise ConfigError(f"A setting must be KEY=VALUE, but is {word!r}. Use for example dirichlet-beta=0.5.")
+        if key == "num-clients":
+            raise ConfigError("`num-clients` must be given as --clients here, which starts as many, but is a setting.")
         values[key] = text if isinstance(defaults.get(key), str) else _value(text)
     return values
 
@@ -145,7 +153,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: P
     raise RunFailedError(f"The SuperLink must start within {_START_TIMEOUT_S:g} s, but did not. Its log ends:\n{tail}")
 
 
-def _stream(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str | None]:
+def _stream(command: Sequence[str], environment: dict[str, str], output: TextIO) -> tuple[int, str | None]:
     """Run ``flwr run``, pass its output on, and find the run's id in it."""
     run_id = None
     with subprocess.Popen(
@@ -155,8 +163,8 @@ def _stream(command: Sequence[str], environment: dict[str, str]) -> tuple[int, s
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                sys.stdout.write(line)
-                sys.stdout.flush()
+                output.write(line)
+                output.flush()
                 if run_id is None and (match := re.search(r"[Rr]un (?:ID:? ?)?(\d{6,})", line)):
                     run_id = match[1]
         except BaseException:

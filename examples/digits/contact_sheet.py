@@ -1,58 +1,35 @@
-"""Draw a contact sheet: real digits of the clients above, a run's synthetic digits of the same classes below.
+"""Draw a contact sheet: real digits of the clients on the left, a run's synthetic digits on the right.
 
 .venv/bin/python examples/digits/contact_sheet.py ~/fgl-runs/digits sheet.png
+
+The page of a run, `fgl report`, shows held-out images instead; this data set is public, the clients' part included.
 """
 
 from __future__ import annotations
 
+import base64
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
-from fgl_app.data.digits import CLASS_NAMES
-from torchvision.utils import make_grid
-
 from fgl_app.config import default_run_config, parse_run_config
-from fgl_app.data.images import ImageSet, resize
-from fgl_app.data.sources import SHOWN_SIZE_PX, digits_split
-from fgl_app.store import UnitStore
-from fgl_app.synthesis.plan import Plan
+from fgl_app.data.sources import load_split
+from fgl_app.reporting.figures import contact_sheet, to_png_base64
+from fgl_app.reporting.finished_run import read_run, synthetic_images
 
-COLUMNS, ROWS_PER_KIND = 2, 3
-
-
-def sheet(data: ImageSet) -> torch.Tensor:
-    """Lay out six images of each class: three rows, two columns a class; float ``[H, W]`` in 0 to 1."""
-    picked = []
-    for row in range(ROWS_PER_KIND):
-        for label in range(len(CLASS_NAMES)):
-            rows = torch.nonzero(data.labels == label).flatten()[row * COLUMNS : (row + 1) * COLUMNS]
-            picked += [data.images[index] for index in rows]
-    grid = make_grid(torch.stack(picked), nrow=COLUMNS * len(CLASS_NAMES), padding=2, pad_value=128)
-    return grid[0].float() / 255
+SHOWN_SIZE_PX = 32
+IMAGES_PER_CLASS = 8
 
 
 def main() -> None:
-    run, output = Path(sys.argv[1]).expanduser(), Path(sys.argv[2])
-    plan = Plan.load(run / "synthetic" / "plan.json")
-    synthetic = UnitStore(run / "synthetic").read([unit.unit_id for unit in plan.units()])
-    settings = parse_run_config(default_run_config() | {"image-size": SHOWN_SIZE_PX})
-    figure, axes = plt.subplots(2, 1, figsize=(10, 3.6), layout="constrained")
-    for axis, title, data in (
-        (axes[0], "real: private digits of the clients", digits_split(settings.data, "train")),
-        (axes[1], "synthetic: drawn from the clients' prompts", synthetic),
-    ):
-        axis.imshow(sheet(ImageSet(resize(data.images, SHOWN_SIZE_PX), data.labels)), cmap="gray", vmin=0, vmax=1)
-        axis.set_title(title, fontsize=10, loc="left")
-        pitch = (SHOWN_SIZE_PX + 2) * COLUMNS
-        axis.set_xticks([pitch * (label + 0.5) for label in range(len(CLASS_NAMES))], CLASS_NAMES)
-        axis.set_yticks([])
-        axis.tick_params(length=0, labelsize=9)
-    figure.savefig(output, dpi=90)
+    run, output = read_run(Path(sys.argv[1])), Path(sys.argv[2])
+    settings = parse_run_config(default_run_config() | {"dataset": "digits", "image-size": SHOWN_SIZE_PX})
+    panels = {
+        "real: private digits of the clients": load_split(settings.card, settings.data, "train"),
+        "synthetic: drawn from the clients' prompts": synthetic_images(
+            run, len(run.class_names), IMAGES_PER_CLASS, SHOWN_SIZE_PX
+        ),
+    }
+    output.write_bytes(base64.b64decode(to_png_base64(contact_sheet(panels, run.class_names, IMAGES_PER_CLASS))))
 
 
 if __name__ == "__main__":

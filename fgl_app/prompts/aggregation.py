@@ -34,15 +34,22 @@ class PromptBudget:
 
 
 def merge_prompts(clients: Iterable[Sequence[PromptCount]]) -> list[PromptCount]:
-    """Take the union of all clients' prompts and add the counts of equal ones (FGL, Section 3.3).
+    """Take the union of all clients' prompts; add up the counts and the senders of equal ones (FGL, Section 3.3).
 
     The result does not depend on the order of the clients and names none of them.
     """
     totals: Counter[tuple[int, str, str]] = Counter()
+    senders: Counter[tuple[int, str, str]] = Counter()
     for prompts in clients:
+        sent: Counter[tuple[int, str, str]] = Counter()
         for item in prompts:
-            totals[item.label, item.prompt, item.domain] += item.count
-    return [PromptCount(label, prompt, count, domain) for (label, prompt, domain), count in sorted(totals.items())]
+            sent[item.label, item.prompt, item.domain] += item.count
+        totals.update(sent)
+        senders.update(sent.keys())
+    return [
+        PromptCount(label, prompt, count, domain, senders[label, prompt, domain])
+        for (label, prompt, domain), count in sorted(totals.items())
+    ]
 
 
 def spread_budget(prompts: Sequence[PromptCount], images_per_class: int, uniform: bool = False) -> list[PromptBudget]:

@@ -124,6 +124,8 @@ def expand(
         for domain, templates in domains:
             write = writer_of(templates)
             for label, name in enumerate(class_names):
-                prompts |= {PromptCount(label, text, 1, domain) for text in write(name, templates[0], number)}
+                prompts |= {
+                    PromptCount(label, text, 1, domain, clients=0) for text in write(name, templates[0], number)
+                }
                 bar.update()
     return sorted(prompts)

@@ -23,6 +23,8 @@ class PromptCount:
     """Number of images that gave this prompt, at least 1."""
     domain: str = ""
     """Domain of the images, as the card names it; empty for a data set of one domain."""
+    clients: int = 1
+    """Number of clients that sent it; 0 if the server wrote it."""
 
 
 def fill(template: str, class_name: str, caption: str = "") -> str:

@@ -81,7 +81,7 @@ def test_the_method_runs_from_prompts_to_results(first_run):
     ]
     assert (run / "prompts.jsonl").stat().st_mode & 0o777 == 0o600
     prompts = [json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines()]
-    assert {tuple(row) for row in prompts} == {("label", "prompt", "count", "domain")}
+    assert {tuple(row) for row in prompts} == {("label", "prompt", "count", "domain", "clients")}
     assert sum(row["count"] for row in prompts) == 838
     assert json.loads((run / "config.json").read_text())["run_config"]["seed"] == 3
 

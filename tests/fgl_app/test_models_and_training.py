@@ -1,11 +1,13 @@
 import pytest
 import torch
+import torchvision
 from flwr.app import ArrayRecord
+from safetensors.torch import save_file
 from torch import nn
 
 from fgl_app.data.images import ImageSet
-from fgl_app.errors import ModelError
-from fgl_app.models import build_model, from_arrays, to_arrays
+from fgl_app.errors import ConfigError, ModelError
+from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
 from fgl_app.training import augment, evaluate, train
 
 CPU = torch.device("cpu")
@@ -134,3 +136,46 @@ def test_a_cosine_schedule_ends_with_small_steps():
         return (seen[-1] - seen[-2]).norm()
 
     assert last_movement("cosine") < 0.2 * last_movement("constant")
+
+
+def test_the_cnn_is_mcmahans():
+    model = build_model("cnn", 10, 28, seed=0)
+
+    # Two 5 x 5 convolutions, 512 units and the classes: McMahan's 1,663,370 for grey images, and 2 more input channels.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_663_370 + 2 * 25 * 32
+    assert model(torch.zeros(2, 3, 28, 28)).shape == (2, 10)
+
+
+def test_imagenet_weights_are_loaded_where_they_fit(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.ResNet18_Weights.DEFAULT
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    pretrained = torchvision.models.resnet18().state_dict()
+    torch.save(pretrained, folder / weights.url.rsplit("/", 1)[1])
+
+    model = build_model("resnet18", 7, 16, seed=0, imagenet=True)
+
+    assert torch.equal(model.layer1[0].conv1.weight, pretrained["layer1.0.conv1.weight"])
+    assert model.fc.weight.shape == (7, 512)  # stays random, like the small stem
+    assert torch.equal(model.conv1.weight, build_model("resnet18", 7, 16, seed=0).conv1.weight)
+
+
+def test_imagenet_weights_that_cannot_be_had_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    for name in ("resnet18", "cnn"):
+        with pytest.raises(ConfigError, match="`initial-weights`"):
+            build_model(name, 7, 16, seed=0, imagenet=True)
+
+
+def test_a_runs_checkpoint_is_loaded_and_a_wrong_one_refused(tmp_path):
+    model = build_model("cnn", 3, 8, seed=1)
+    save_file(model.state_dict(), tmp_path / "round-0001.safetensors")
+
+    loaded = load_checkpoint(str(tmp_path / "round-0001.safetensors"), build_model("cnn", 3, 8, seed=0))
+
+    assert torch.equal(loaded[0].weight, model[0].weight)
+    for path, other in ((tmp_path / "absent", model), (tmp_path / "round-0001.safetensors", nn.Linear(1, 1))):
+        with pytest.raises(ConfigError, match="`initial-weights`"):
+            load_checkpoint(str(path), other)

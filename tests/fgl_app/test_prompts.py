@@ -45,6 +45,10 @@ def test_merging_ignores_the_order_of_clients_and_keeps_every_count(clients, ran
 
     assert merged == merge_prompts(shuffled)
     assert sum(item.count for item in merged) == sum(item.count for client in clients for item in client)
+    assert all(
+        item.clients == sum((item.label, item.prompt) in {(p.label, p.prompt) for p in client} for client in clients)
+        for item in merged
+    )
     assert len({(item.label, item.prompt) for item in merged}) == len(merged)
 
 

@@ -193,3 +193,31 @@ def test_units_drawn_at_another_shape_or_device_are_not_mixed():
 
     assert all(other.units()[0].unit_id != plan.units()[0].unit_id for other in others)
     assert all(other.units()[0].samples == plan.units()[0].samples for other in others)
+
+
+@pytest.mark.parametrize("scheduler", ["own", "ddim", "pndm", "dpm-solver++", "unipc", "euler"])
+def test_every_scheduler_draws_digits_from_the_same_noise(scheduler):
+    chosen = generator.load_pipeline("tiny", "", torch.device("cpu"), scheduler)
+    budget = [PromptBudget(label, f"a photo of a handwritten {name}", 4) for label, name in ((0, "zero"), (1, "one"))]
+    plan = plan_of(*budget, num_inference_steps=12, guidance_scale=1.0, scheduler=scheduler)
+
+    images = torch.stack(list(draw(chosen, plan).values())).float()
+
+    # A zero is hollow and a one is not, whatever solves the equation.
+    hollow = images[:, 0, 14:18, 14:18].mean((1, 2)) - images[:, 0].mean((1, 2))
+    assert hollow[:4].mean() < hollow[4:].mean() - 30
+
+
+def test_a_negative_prompt_and_a_size_reach_the_pipeline(pipeline):
+    budget = PromptBudget(3, "three", 2, "photo")
+    plain, steered = (
+        dataclasses.replace(plan_of(budget), negatives={"photo": negative}) for negative in ("", "bold wide")
+    )
+    sizes = {image.shape for image in draw(pipeline, plan_of(budget, generation_size=64)).values()}
+
+    assert sizes == {(3, 64, 64)}
+    assert set(draw(pipeline, plain)).isdisjoint(draw(pipeline, steered))  # other negatives, other identities
+    samples = [unit.samples[0] for plan in (plain, steered) for unit in plan.units()]
+    same_noise = [dataclasses.replace(sample, noise_seed=1) for sample in samples]
+    first, second = (generator.draw(pipeline, [sample], SETTINGS, 1) for sample in same_noise)
+    assert not torch.equal(first, second)

@@ -1,0 +1,139 @@
+"""The figures of a comparison: accuracy against rounds, bytes, seconds or a condition, and bars; PNG and SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from fgl_app.experiments import Experiment, Figure, Results, accuracies, mean_and_sd
+
+_STYLES = (
+    ("#1b1b1b", "-", "o"), ("#d95f02", "--", "s"), ("#1f78b4", "-.", "^"), ("#8c8c8c", ":", "D"), ("#7b3294", "-", "v"),
+    ("#008837", "--", "P"), ("#a6611a", "-.", "X"),
+)  # fmt: skip
+"""Colour, line and marker of each row: rows differ in grey and for the colour-blind, too."""
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++")
+_X_LABELS = {
+    "by-round": "round",
+    "by-upload": "uploaded by all clients together, MB",
+    "by-seconds": "time since the start, s",
+}
+
+
+def draw(experiment: Experiment, results: Results) -> dict[str, bytes]:
+    """Draw every figure that has data; content by file name, each as PNG and as SVG."""
+    files: dict[str, bytes] = {}
+    for figure in experiment.figures:
+        if not any(accuracies(experiment, results, row, column) for row in figure.rows for column in figure.columns):
+            continue
+        canvas = _bars(experiment, results, figure) if figure.kind == "bars" else _curves(experiment, results, figure)
+        for kind in ("png", "svg"):
+            buffer = io.BytesIO()
+            # Without a date and with a fixed salt the same numbers give the same file.
+            metadata = {"Date": None} if kind == "svg" else {}
+            with matplotlib.rc_context({"svg.hashsalt": figure.name}):
+                canvas.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            files[f"{figure.name}.{kind}"] = buffer.getvalue()
+    return files
+
+
+def _bars(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
+    canvas = Canvas(figsize=(1.6 + 1.6 * len(figure.columns), 3.4), layout="constrained")
+    axis = canvas.subplots()
+    width = 0.8 / len(figure.rows)
+    for number, row in enumerate(figure.rows):
+        cells = [accuracies(experiment, results, row, column) for column in figure.columns]
+        means = [100 * mean_and_sd(values)[0] if values else 0.0 for values in cells]
+        deviations = [100 * mean_and_sd(values)[1] if values else 0.0 for values in cells]
+        places = np.arange(len(figure.columns)) + (number - (len(figure.rows) - 1) / 2) * width
+        axis.bar(
+            places, means, width, yerr=deviations, label=row, capsize=2, edgecolor="black", linewidth=0.6,
+            color=_STYLES[number % len(_STYLES)][0], alpha=0.75, hatch=_HATCHES[number % len(_HATCHES)],
+        )  # fmt: skip
+    axis.set_xticks(range(len(figure.columns)), list(figure.columns))
+    if figure.x_label:
+        axis.set_xlabel(figure.x_label)
+    _finish(canvas, axis, figure)
+    return canvas
+
+
+def _curves(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
+    panels: Sequence[Sequence[str]] = (
+        [list(figure.columns)] if figure.kind == "by-column" else [[column] for column in figure.columns]
+    )
+    canvas = Canvas(figsize=(0.8 + 3.6 * len(panels), 3.4), layout="constrained")
+    axes = canvas.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, columns in zip(axes, panels, strict=True):
+        for number, row in enumerate(figure.rows):
+            if figure.kind == "by-column":
+                points = _column_points(experiment, results, row, columns)
+            else:
+                points = _round_points(experiment, results, row, columns[0], figure.kind)
+            if not len(points):
+                continue
+            colour, line, marker = _STYLES[number % len(_STYLES)]
+            x, mean, sd = points.T
+            axis.plot(
+                x, mean, line, color=colour, marker=marker, markersize=4, markevery=max(1, len(x) // 12), label=row
+            )
+            axis.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+        axis.set_xlabel(figure.x_label or _X_LABELS.get(figure.kind, ""))
+        if figure.kind == "by-upload":
+            axis.set_xscale("log")
+        if len(panels) > 1:
+            axis.set_title(columns[0], fontsize=10)
+        axis.grid(alpha=0.3)
+    _finish(canvas, axes[0], figure, titled=len(panels) == 1)
+    if len(panels) > 1:
+        canvas.suptitle(figure.title, fontsize=11)
+    return canvas
+
+
+def _column_points(experiment: Experiment, results: Results, row: str, columns: Sequence[str]) -> np.ndarray[Any, Any]:
+    points = []
+    for column in columns:
+        values = accuracies(experiment, results, row, column)
+        if values:
+            mean, sd = mean_and_sd(values)
+            points.append((float(column.replace(",", "")), 100 * mean, 100 * sd))
+    return np.array(sorted(points))
+
+
+def _round_points(experiment: Experiment, results: Results, row: str, column: str, kind: str) -> np.ndarray[Any, Any]:
+    """Return x, mean and standard deviation over the seeds after each round, up to the round that the row shows."""
+    owner, own_column, last = experiment.cell(row, column)
+    found = [item["rounds"][:last] for item in results.get((owner, own_column), [])]
+    if not found:
+        return np.empty((0, 3))
+    points = []
+    for index in range(min(map(len, found))):
+        values = [float(rounds[index]["accuracy"]) for rounds in found]
+        x = float(np.mean([_x(rounds, index, kind) for rounds in found]))
+        mean, sd = mean_and_sd(values)
+        points.append((x, 100 * mean, 100 * sd))
+    return np.array(points)
+
+
+def _x(rounds: Sequence[Mapping[str, Any]], index: int, kind: str) -> float:
+    done = rounds[: index + 1]
+    if kind == "by-upload":
+        return sum(int(line["upload_bytes"]) for line in done) / 1e6
+    if kind == "by-seconds":
+        return sum(float(line["seconds"]) for line in done)
+    return float(done[-1]["round"])
+
+
+def _finish(canvas: Canvas, axis: Axes, figure: Figure, titled: bool = True) -> None:
+    axis.set_ylabel("test accuracy, %")
+    axis.set_ylim(0, 100)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    canvas.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    if titled:
+        axis.set_title(figure.title, fontsize=11)

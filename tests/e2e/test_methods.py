@@ -1,0 +1,124 @@
+"""Real runs of what differs between methods: domains, prompts of the server, embeddings, comparisons."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fgl_app.config import APP_FOLDER
+
+pytestmark = pytest.mark.e2e
+
+FAST = (
+    *("model=cnn", "images-per-class=32", "num-inference-steps=8", "server-epochs=5", "local-epochs=1"),
+    *("server-finetune-epochs=0", "num-server-rounds=2", "image-size=8"),
+)
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def fgl(*arguments: object, cwd: Path) -> str:
+    done = subprocess.run(
+        ["fgl", *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("domains")
+    script = APP_FOLDER / "examples" / "domains" / "make_domains.py"
+    subprocess.run([sys.executable, script, folder], env=ENVIRONMENT | {"PYTHONPATH": str(APP_FOLDER)}, check=True)
+    return folder
+
+
+def test_six_domains_one_per_client(domains, tmp_path):
+    card = APP_FOLDER / "examples" / "domains" / "six_domains.yaml"
+    names = (f"dataset={card}", f"data-dir={domains}", "partition=domain", f"output-dir={tmp_path}", "run-name=six")
+
+    fgl("run", *FAST, *names, "--clients", 6, cwd=tmp_path)
+
+    last = results(tmp_path / "six")["rounds"][-1]
+    assert set(last["domain_accuracy"]) == {"plain", "bold", "thin", "slanted", "noisy", "negative"}
+    assert last["accuracy_macro"] == pytest.approx(sum(last["domain_accuracy"].values()) / 6)
+    prompts = [json.loads(line) for line in (tmp_path / "six" / "prompts.jsonl").read_text().splitlines()]
+    assert {(row["domain"], row["prompt"]) for row in prompts} >= {
+        ("bold", "a bold handwritten seven"),
+        ("plain", "a photo of a handwritten seven"),
+    }
+
+
+def test_gpt_fl_asks_no_client_for_prompts_and_trains_some_of_them(tmp_path):
+    names = ("method=gpt-fl", "num-prompts-per-class=4", "strategy=FedAdam", "strategy-options=eta=0.01 tau=0.01")
+    more = ("fraction-train=0.5", "trackers=tensorboard", f"output-dir={tmp_path}", "run-name=gpt-fl")
+
+    fgl("run", *FAST, *names, *more, "--clients", 4, cwd=tmp_path)
+
+    found = results(tmp_path / "gpt-fl")
+    assert found["upload_bytes"]["prompts_per_client"] is None
+    assert found["rounds"][0]["upload_bytes"] == 0
+    assert found["rounds"][1]["clients"] == 2
+    assert found["rounds"][1]["gradient_diversity"] > 0
+    assert len((tmp_path / "gpt-fl" / "prompts.jsonl").read_text().splitlines()) == 40
+    assert list((tmp_path / "gpt-fl" / "tensorboard").iterdir())
+
+
+def test_embeddings_are_uploaded_and_drawn(tmp_path):
+    names = ("prompt-level=embedding", "embedding-summary=mean", f"output-dir={tmp_path}", "run-name=embedding")
+
+    fgl("run", *FAST, *names, "num-server-rounds=1", "--clients", 2, cwd=tmp_path)
+
+    found = results(tmp_path / "embedding")
+    upload = found["upload_bytes"]["prompts_per_client"]
+    # One mean per class of at most 32 tokens x 64 numbers of two bytes; at most ten classes.
+    assert 10 * 64 * 2 < upload["payload"] < 10 * (32 * 64 * 2 + 200)
+    assert found["one_shot_accuracy"] > 0.3
+    assert (tmp_path / "embedding" / "embeddings.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_comparison_runs_what_is_missing_and_writes_table_and_figures(tmp_path):
+    settings = {key: _value(value) for key, value in (word.split("=") for word in FAST)}
+    experiment = {
+        "title": "Small",
+        "clients": 2,
+        "seeds": [0],
+        "settings": settings,
+        "columns": {"IID": {"partition": "iid"}},
+        "rows": {
+            "FedAvg": {"method": "fedavg", "num-server-rounds": 1},
+            "FGL": {"num-server-rounds": 2},
+            "One-shot": {"of": "FGL", "round": 1},
+        },
+        "figures": [{"name": "rounds", "kind": "by-round", "title": "Accuracy per round"}],
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
+
+    first = fgl("compare", "small.yaml", "--output-dir", "out", cwd=tmp_path)
+    (tmp_path / "out" / "runs" / "fgl--iid--seed-0" / "results.json").unlink()
+    second = fgl("compare", "small.yaml", "--output-dir", "out", cwd=tmp_path)
+
+    assert "2 runs, 0 finished, 2 to do" in first
+    assert "2 runs, 1 finished, 1 to do" in second
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| FedAvg |" in table
+    assert "—" not in table
+    assert (tmp_path / "out" / "rounds.png").stat().st_size > 5_000
+    assert results(tmp_path / "out" / "runs" / "fgl--iid--seed-0")["synthesis"]["generated"] == 0
+
+
+def _value(text: str) -> int | str:
+    return int(text) if text.isdigit() else text

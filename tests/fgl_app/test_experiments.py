@@ -1,0 +1,193 @@
+import csv
+import io
+
+import pytest
+import yaml
+from PIL import Image
+
+from fgl_app.comparison import compare, write_tables
+from fgl_app.config import APP_FOLDER
+from fgl_app.errors import ConfigError
+from fgl_app.experiments import accuracies, load_experiment, mean_and_sd
+
+EXPERIMENT = {
+    "title": "Two methods",
+    "clients": 2,
+    "seeds": [0, 1],
+    "settings": {"model": "cnn"},
+    "columns": {"β = 0.01": {"dirichlet-beta": 0.01}, "IID": {"partition": "iid"}},
+    "rows": {
+        "FedAvg": {"method": "fedavg", "num-server-rounds": 3},
+        "FGL": {"num-server-rounds": 2},
+        "One-shot": {"of": "FGL", "round": 1},
+        "Centralized": {"method": "centralized", "num-server-rounds": 1, "every-column": False},
+    },
+    "figures": [
+        {"name": "upload", "kind": "by-upload", "title": "Accuracy against upload"},
+        {"name": "bars", "kind": "bars", "title": "All", "columns": ["IID"]},
+    ],
+    "orderings": [
+        {"name": "O1", "larger": ["One-shot", "β = 0.01"], "smaller": ["FedAvg", "β = 0.01"]},
+        {"name": "O9", "larger": ["FedAvg", "IID"], "smaller": ["FGL", "IID"], "margin": 0.1},
+    ],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def made(**changes):
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump({**EXPERIMENT, **changes}, allow_unicode=True, sort_keys=False), "utf-8")
+        return path
+
+    return made
+
+
+def result(seed, *round_accuracies):
+    rounds = [
+        {"round": number, "accuracy": value, "upload_bytes": 1_000_000, "seconds": 2.0}
+        for number, value in enumerate(round_accuracies, 1)
+    ]
+    return {
+        "seed": seed, "rounds": rounds, "final_accuracy": round_accuracies[-1], "paper_metric": max(round_accuracies),
+        "selected_accuracy": round_accuracies[0], "one_shot_accuracy": None, "synthesis": None,
+        "upload_bytes": {"total": 1_000_000 * len(rounds)},
+    }  # fmt: skip
+
+
+RESULTS = {
+    ("FedAvg", "β = 0.01"): [result(0, 0.1, 0.2, 0.3), result(1, 0.2, 0.4, 0.5)],
+    ("FGL", "β = 0.01"): [result(0, 0.8, 0.9), result(1, 0.6, 0.7)],
+    ("FGL", "IID"): [result(0, 0.8, 0.9), result(1, 0.6, 0.7)],
+    ("FedAvg", "IID"): [result(0, 0.5, 0.6, 0.85)],
+    ("Centralized", "β = 0.01"): [result(0, 0.95), result(1, 0.97)],
+}
+
+
+@pytest.fixture
+def markdown(write, tmp_path):
+    """Write the tables of some results and return them as Markdown."""
+    return lambda results: write_tables(load_experiment(write()), results, tmp_path / "md").read_text("utf-8")
+
+
+def test_runs_are_methods_times_conditions_times_seeds(write, tmp_path):
+    runs = load_experiment(write()).runs(tmp_path)
+
+    # Two methods in two columns and one that needs only one column, for two seeds; one row shows another's runs.
+    assert len(runs) == 2 * (2 * 2 + 1)
+    assert len({run.name for run in runs}) == len(runs)
+    assert {run.overrides["store-dir"] for run in runs} == {str(tmp_path / "store")}
+    assert runs[0].name == "fedavg--beta-0.01--seed-0"
+
+
+def test_a_cell_is_mean_and_standard_deviation_over_the_seeds(markdown):
+    text = markdown(RESULTS)
+
+    # mean(30, 50) = 40; sample standard deviation of (30, 50) = 20 / sqrt(2) = 14.1.
+    assert "| FedAvg | 40.0 ± 14.1 | 85.0 ± 0.0 (1 of 2 seeds) |" in text
+    # The first round of FGL's runs: 80 and 60.
+    assert "| One-shot | 70.0 ± 14.1 | 70.0 ± 14.1 |" in text
+    # One column's runs stand for both.
+    assert "| Centralized | 96.0 ± 1.4 | 96.0 ± 1.4 |" in text
+    assert mean_and_sd([0.5]) == (0.5, 0.0)
+
+
+def test_orderings_are_judged_by_the_means(markdown):
+    text = markdown(RESULTS)
+
+    assert "| O1 | One-shot, β = 0.01: 70.0 | FedAvg, β = 0.01: 40.0 | 0 | yes |" in text
+    # 85 is above 80, but not by more than 10 points.
+    assert "| O9 | FedAvg, IID: 85.0 | FGL, IID: 80.0 | 10 | **no** |" in text
+
+
+def test_what_has_not_run_is_said(markdown):
+    text = markdown({})
+
+    assert "| FedAvg | — | — |" in text
+    assert "| O1 |  |  |  | not run |" in text
+
+
+def test_tables_and_figures_are_files(write, tmp_path):
+    experiment = load_experiment(write())
+
+    table = write_tables(experiment, RESULTS, tmp_path / "out")
+
+    assert table.read_text("utf-8").startswith("# Two methods")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "results.csv").read_text())))
+    assert len(rows) == sum(map(len, RESULTS.values()))
+    assert rows[0]["upload_bytes"] == "3000000"
+    for name in ("upload", "bars"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert len(set(picture.convert("L").tobytes())) > 20
+        assert (tmp_path / "out" / f"{name}.svg").read_text().count("<path") > 10
+
+
+def test_figures_have_equal_bytes_for_equal_numbers(write, tmp_path):
+    experiment = load_experiment(write())
+
+    for folder in ("a", "b"):
+        write_tables(experiment, RESULTS, tmp_path / folder)
+
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_an_earlier_round_of_a_run_is_read_from_it(write):
+    assert accuracies(load_experiment(write()), RESULTS, "One-shot", "IID") == [0.8, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seeds": []}, "`seeds`"),
+        ({"measure": "best"}, "`measure`"),
+        ({"tabel": 1}, "`tabel` is unknown"),
+        ({"rows": {"A": {"of": "B", "round": 1}}, "figures": [], "orderings": []}, "'A' must be `of`"),
+        ({"rows": {"A": {"of": "B"}}, "figures": [], "orderings": []}, "`of` and `round`"),
+        ({"rows": {"A": {"dirichlet-beta": -1}}, "figures": [], "orderings": []}, "`dirichlet-beta`"),
+        ({"rows": {"A": {}, "a": {}}, "figures": [], "orderings": []}, "two runs are called"),
+        ({"settings": {"run-name": "x"}}, "`run-name` is set by"),
+        ({"orderings": [{"name": "O", "larger": ["X", "IID"], "smaller": ["FGL", "IID"]}]}, "ordering 'O'"),
+        ({"figures": [{"name": "f", "kind": "by-column", "title": ""}]}, "named by numbers"),
+        ({"figures": [{"name": "f", "kind": "pie", "title": ""}]}, "'f' must be one of"),
+    ],
+)
+def test_a_wrong_experiment_is_refused_before_anything_runs(write, tmp_path, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        compare(
+            write(**changes), tmp_path / "out", data_dir=None, client_cpus=1, client_gpus=0.0, say=lambda line: None
+        )
+
+    assert not (tmp_path / "out").exists()
+
+
+SHIPPED = [path for path in sorted(APP_FOLDER.glob("examples/*/*.yaml")) if "seeds:" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_experiment_is_well_formed(path, tmp_path):
+    experiment = load_experiment(path)
+
+    assert experiment.runs(tmp_path)
+    assert experiment.title
+
+
+def test_the_page_of_a_comparison_holds_tables_and_figures_and_loads_nothing(write, tmp_path):
+    write_tables(load_experiment(write()), RESULTS, tmp_path / "out")
+
+    page = (tmp_path / "out" / "comparison.html").read_text("utf-8")
+    assert "70.0 ± 14.1" in page
+    assert page.count("data:image/svg+xml;base64,") == 2
+    assert 'src="http' not in page
+    assert "<script" not in page
+
+
+def test_accuracies_per_domain_have_a_table_with_micro_and_macro(write, tmp_path):
+    rounds = [{"domain_accuracy": {"photo": 0.9, "sketch": 0.5}, "accuracy_macro": 0.7}]
+    one = result(0, 0.8)
+    one["rounds"] = [one["rounds"][0] | rounds[0]]
+
+    table = write_tables(load_experiment(write()), {("FedAvg", "IID"): [one]}, tmp_path / "out").read_text("utf-8")
+
+    assert "|  | photo | sketch | micro | macro |" in table
+    assert "| FedAvg, IID | 90.0 ± 0.0 | 50.0 ± 0.0 | 80.0 ± 0.0 | 70.0 ± 0.0 |" in table
