@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 
 FAST = (
     *("model=cnn", "images-per-class=32", "num-inference-steps=8", "server-epochs=5", "local-epochs=1"),
-    *("server-finetune-epochs=0", "num-server-rounds=2", "image-size=8"),
+    *("server-finetune-epochs=0", "num-server-rounds=2", "image-size=8", "batch-size=16", "server-learning-rate=0.05"),
 )
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
@@ -120,5 +120,5 @@ def test_a_comparison_runs_what_is_missing_and_writes_table_and_figures(tmp_path
     assert results(tmp_path / "out" / "runs" / "fgl--iid--seed-0")["synthesis"]["generated"] == 0
 
 
-def _value(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+def _value(text: str) -> int | float | str:
+    return int(text) if text.isdigit() else float(text) if text[0].isdigit() else text
