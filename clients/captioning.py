@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,24 +20,27 @@ from fgl_app.files import cache_folder, canonical_json
 _DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "4bit": torch.bfloat16,
 }  # fmt: skip
-_LOGGER = logging.getLogger("flwr.fgl.captioning")
 _INSTRUCTION = "Describe this image in one short sentence."
 """What a captioner that follows instructions is asked."""
-_FLORENCE_TASK = "<CAPTION>"
+_TASK = "<CAPTION>"
+"""What Florence-2 calls captioning."""
 
 
 class HubCaptioner:
     """A model that captions batches of images: BLIP, BLIP-2, Florence-2, SmolVLM and whatever answers like them.
 
+    What it is asked depends on its processor: a request where it has a chat template, its task where it names one of
+    captioning, else nothing.
+
     Args:
         source: ``tiny`` (shipped), a folder that ``save_pretrained`` wrote, or a hub id.
         revision: Git revision of a hub id; empty for the newest.
-        dtype: ``auto``, ``float32``, ``bfloat16``, ``float16`` or ``4bit`` (needs bitsandbytes and a GPU).
+        dtype: ``auto``, ``float32``, ``bfloat16``, ``float16`` or ``4bit`` (needs bitsandbytes, and a GPU to be fast).
         max_new_tokens: Longest caption, tokens.
         device: Where to run the model.
 
     Raises:
-        ModelError: If the model cannot be loaded, or would not see the images.
+        ModelError: If the model cannot be loaded, needs a package that is missing, or does not see the images.
     """
 
     def __init__(self, source: str, *, revision: str, dtype: str, max_new_tokens: int, device: torch.device) -> None:
@@ -49,9 +51,12 @@ class HubCaptioner:
         try:
             self._processor: Any = AutoProcessor.from_pretrained(path, revision=pinned)
             self._model: Any = AutoModelForImageTextToText.from_pretrained(
-                path, revision=pinned, dtype=_DTYPES[chosen], use_safetensors=True, **_quantization(chosen)
+                path, revision=pinned, dtype=_DTYPES[chosen], use_safetensors=True, **_quantization(chosen, device)
             )
-        except (OSError, ValueError, ImportError, KeyError) as error:
+            self._text = self._prompt()
+        except ImportError as error:  # its text names the package
+            raise ModelError(f"`captioner` {source!r} in {chosen} needs a package that is missing: {error}") from None
+        except Exception as error:  # a foreign folder fails in any way: a file cut short, other shapes, a template
             raise ModelError(
                 f"`captioner` must be an image-to-text model that transformers loads, but {source!r} is not "
                 f'({type(error).__name__}: {error}). Use "tiny" or Salesforce/blip2-opt-2.7b.'
@@ -61,10 +66,10 @@ class HubCaptioner:
         self._model.eval()
         self._max_new_tokens = max_new_tokens
         self._device = device
-        self._text = self._prompt()
+        self._require_sight(source)
 
     def __call__(self, images: torch.Tensor) -> list[str]:
-        """Caption images by greedy search.
+        """Caption images by the model's own search: greedy, or with the beams that its folder asks for; never sampled.
 
         Args:
             images: uint8 ``[N, 3, S, S]``.
@@ -72,18 +77,52 @@ class HubCaptioner:
         Returns:
             N captions, blanks at the ends removed.
         """
-        with torch.inference_mode():
-            text = {} if self._text is None else {"text": [self._text] * len(images), "padding": True}
-            pictures = [[image] for image in images] if self._text_holds_images() else list(images)
-            inputs = self._processor(images=pictures, return_tensors="pt", **text).to(self._device)
-            for name, value in inputs.items():
-                if torch.is_floating_point(value):
-                    inputs[name] = value.to(self._model.dtype)
-            ids = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
-            if "input_ids" in inputs and not self._model.config.is_encoder_decoder:
-                ids = ids[:, inputs["input_ids"].shape[1] :]  # they come first in the output of a decoder
-            decoded: list[str] = self._processor.batch_decode(ids, skip_special_tokens=True)
+        inputs = self._inputs(images)
+        ids = self._generate(inputs, max_new_tokens=self._max_new_tokens)
+        if "input_ids" in inputs and not self._model.config.is_encoder_decoder:
+            ids = ids[:, inputs["input_ids"].shape[1] :]  # they come first in the output of a decoder
+        decoded: list[str] = self._processor.batch_decode(ids, skip_special_tokens=True)
         return [caption.strip() for caption in decoded]
+
+    def _inputs(self, images: torch.Tensor) -> Any:
+        text: dict[str, Any] = {}
+        if self._text is not None:
+            text = {"text": [self._text] * len(images), "padding": True}
+            bos = self._processor.tokenizer.bos_token
+            if bos and self._text.startswith(bos):
+                text["add_special_tokens"] = False  # the template wrote the BOS token; the model has never seen two
+        pictures = [[image] for image in images] if self._text_holds_images() else list(images)
+        inputs = self._processor(images=pictures, return_tensors="pt", **text).to(self._device)
+        for name, value in inputs.items():
+            if torch.is_floating_point(value):
+                inputs[name] = value.to(self._model.dtype)
+        return inputs
+
+    @torch.inference_mode()
+    def _generate(self, inputs: Any, **options: Any) -> Any:
+        return self._model.generate(**inputs, do_sample=False, **options)
+
+    def _require_sight(self, source: str) -> None:
+        """Raise unless the logits of the first token differ between two images, before a client's images are captioned.
+
+        Some models fail without a text of their own kind (InstructBLIP, PaliGemma), a BLIP-2 whose text lacks image
+        tokens answers without looking, and half precision may overflow to NaN.
+        """
+        ramp = torch.arange(0, 256, 8).to(torch.uint8).expand(3, 32, 32)  # not flat: Pix2Struct subtracts the mean
+        try:
+            inputs = self._inputs(torch.stack([ramp, ramp.mT // 2]))
+            options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+            logits = self._generate(inputs, **options).logits[0]  # [2 * beams, vocabulary]
+        except Exception as error:  # whatever the model misses first
+            raise ModelError(
+                "`captioner` must caption an image without being asked, or have a chat template, but "
+                f"{source!r} fails in {self._model.dtype} ({type(error).__name__}: {error})."
+            ) from None
+        if torch.equal(logits[0], logits[-1]) or bool(logits.isnan().any()):
+            raise ModelError(
+                f"`captioner` must see the images, but {source!r} in {self._model.dtype} answers two different ones "
+                "alike or with NaN. Use another captioner or `captioner-dtype`."
+            )
 
     def _prompt(self) -> str | None:
         """Return the text beside each image: None for BLIP and BLIP-2, which caption without being asked.
@@ -91,8 +130,8 @@ class HubCaptioner:
         Without a text BLIP-2 itself puts its query tokens before the BOS token, so that it sees the image whatever the
         processor's ``num_query_tokens`` says.
         """
-        if "florence" in self._model.config.model_type:
-            return _FLORENCE_TASK
+        if _TASK in getattr(self._processor, "task_prompts_without_inputs", ()):
+            return _TASK
         if self._text_holds_images():
             content = [{"type": "image"}, {"type": "text", "text": _INSTRUCTION}]
             prompt: str = self._processor.apply_chat_template(
@@ -169,9 +208,10 @@ def _read(path: Path) -> dict[str, str]:
     return known
 
 
-def _quantization(dtype: str) -> dict[str, Any]:
+def _quantization(dtype: str, device: torch.device) -> dict[str, Any]:
     if dtype != "4bit":
         return {}
     from transformers import BitsAndBytesConfig
 
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)}
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": config, "device_map": {"": device}}  # such a model cannot be moved once it is loaded
