@@ -69,7 +69,6 @@ def check_settings(settings: Settings) -> Settings:
     check_model(settings.training.model, len(names), settings.data.image_size)
     if settings.training.initial_weights != "random":
         initial_arrays(settings, names)
-    _inner_strategy(settings)
     open_trackers(settings, None)
     prompts, synthesis = settings.prompts, settings.synthesis
     if settings.synthesizes:
@@ -84,6 +83,7 @@ def check_settings(settings: Settings) -> Settings:
         load_held_out(settings.card, settings.data)
         if settings.run.method != "centralized":
             client_rows(settings.card, settings.data, settings.run.num_clients, settings.run.seed)
+    _inner_strategy(settings)  # the last, because Flower's strategies log what they were told
     return settings
 
 
