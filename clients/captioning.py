@@ -47,7 +47,7 @@ class HubCaptioner:
         """Load processor and model."""
         path = str(tiny.folder_of(tiny.CAPTIONER)) if source == "tiny" else os.path.expanduser(source)
         pinned = revision if revision and source != "tiny" and not Path(path).is_dir() else None
-        chosen = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+        chosen = resolved_dtype(dtype, device)
         try:
             self._processor: Any = AutoProcessor.from_pretrained(path, revision=pinned)
             self._model: Any = AutoModelForImageTextToText.from_pretrained(
@@ -142,6 +142,20 @@ class HubCaptioner:
 
     def _text_holds_images(self) -> bool:
         return getattr(self._processor, "chat_template", None) is not None
+
+
+def resolved_dtype(dtype: str, device: torch.device) -> str:
+    """Say what ``auto`` comes to on a device."""
+    return ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+
+
+def identity_of(source: str) -> tuple[str | int, ...]:
+    """Tell captioners apart: the shipped one by its checksum, a folder by its files' names, sizes and times."""
+    if source == "tiny":
+        return (tiny.folder_of(tiny.CAPTIONER).name,)
+    folder = Path(os.path.expanduser(source))
+    files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
+    return (source, *(part for path in files for part in (path.name, path.stat().st_size, path.stat().st_mtime_ns)))
 
 
 class CachedCaptioner:

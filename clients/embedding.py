@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 from fgl_app import tiny
 from fgl_app.errors import ConfigError, ModelError
 from fgl_app.prompts import PromptCount
+from fgl_app.records import embedding_name
 
 
 class Encoder(Protocol):
@@ -118,7 +118,9 @@ def embed_prompts(
     for (label, domain), members in sorted(groups.items(), key=lambda pair: pair[0]):
         # Noise hides nothing if the length tells what was said.
         length = encoder.context_length if epsilon > 0 else max(len(embedding) for embedding, _ in members)
-        for embedding, count, sensitivity in _summarised(members, summary, num_clusters, length, clip_norm, seed):
+        for embedding, count, sensitivity in _summarised(
+            members, summary, num_clusters, length, clip_norm, seed, hide_length=epsilon > 0
+        ):
             noisy = embedding
             if noise_multiplier:
                 draw = np.random.default_rng().standard_normal(embedding.shape)
@@ -130,12 +132,6 @@ def embed_prompts(
     return [
         PromptCount(label, name, count, domain) for (label, name, domain), count in sorted(named.items())
     ], embeddings
-
-
-def embedding_name(embedding: torch.Tensor) -> str:
-    """Name an embedding, float16 ``[T, D]``, by its content; the name stands in the place of a prompt's text."""
-    content = f"{tuple(embedding.shape)}".encode() + embedding.contiguous().numpy().tobytes()
-    return f"embedding:{hashlib.sha256(content).hexdigest()[:32]}"
 
 
 def calibrated_multiplier(epsilon: float, delta: float) -> float:
@@ -170,9 +166,11 @@ def _summarised(
     length: int,
     clip_norm: float,
     seed: int,
+    *,
+    hide_length: bool,
 ) -> list[tuple[torch.Tensor, int, float]]:
     """Return embeddings with their counts and sensitivities to one image's prompt."""
-    if summary == "none" and length == max(len(embedding) for embedding, _ in members):
+    if summary == "none" and not hide_length:
         return [(embedding, count, 2 * clip_norm) for embedding, count in members]
     stacked = torch.stack([extended(embedding, length) for embedding, _ in members])  # [M, T, D]
     # Repeated end tokens make a clipped embedding longer: it is clipped again at its full length.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,10 @@ class Card:
     """Form of a domain's prompts where it differs from :attr:`form`."""
     defaults: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     """Run-configuration keys that this data set sets where the user leaves them to the card."""
+
+    def digest(self) -> str:
+        """Hash of everything that the card says; a run does not go on with another card of the same name."""
+        return hashlib.sha256(repr({**vars(self), "name": ""}).encode()).hexdigest()[:16]
 
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the K classes in the order of their labels."""

@@ -128,6 +128,11 @@ def _data(message: Message, settings: Settings, context: Context) -> ClientData:
     record = message.content.get(CONFIG)
     sent = record.get(CLASS_NAMES) if isinstance(record, ConfigRecord) else None
     names = [str(name) for name in sent] if isinstance(sent, list) else None
+    if names is not None and not settings.own_folders and tuple(names) != settings.card.class_names():
+        raise DataError(
+            f"The card {settings.card.name} must list the server's classes in the server's order, but does not. Use "
+            "the server's copy of it."
+        )
     return load_client_data(settings.card, settings.data, context.node_config, settings.run.seed, names)
 
 
@@ -137,7 +142,7 @@ def _received_model(message: Message, settings: Settings, class_names: Sequence[
 
 
 def _captioner(settings: Settings, context: Context) -> Captioner:
-    from clients.captioning import CachedCaptioner, HubCaptioner  # seconds of import
+    from clients.captioning import CachedCaptioner, HubCaptioner, identity_of, resolved_dtype  # seconds of import
 
     source = str(context.node_config.get("captioner", settings.prompts.captioner))
     prompts = settings.prompts
@@ -149,7 +154,12 @@ def _captioner(settings: Settings, context: Context) -> Captioner:
             max_new_tokens=prompts.max_new_tokens,
             device=pick_device(settings.run.device),
         ),
-        identity=(source, prompts.captioner_revision, prompts.captioner_dtype, prompts.max_new_tokens),
+        identity=(
+            *identity_of(source),
+            prompts.captioner_revision,
+            resolved_dtype(prompts.captioner_dtype, pick_device(settings.run.device)),
+            prompts.max_new_tokens,
+        ),
         batch_size=prompts.captioning_batch_size,
     )
 

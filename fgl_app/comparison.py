@@ -25,8 +25,10 @@ from fgl_app.experiments import (
     settings_of,
 )
 from fgl_app.files import write_atomically
+from fgl_app.phases import resolve
 from fgl_app.reporting.comparison_figures import draw
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
+from fgl_app.reporting.run_folder import IDENTITIES
 from fgl_app.simulation import simulate
 
 _MEASURES: Mapping[Measure, str] = {
@@ -277,11 +279,15 @@ def _results(folder: Path, run: Run) -> dict[str, Any] | None:
     settings = settings_of(run)
     try:
         results: dict[str, Any] = json.loads((place / "results.json").read_text("utf-8"))
-        earlier = json.loads((place / "config.json").read_text("utf-8"))["run_config"]
+        written = json.loads((place / "config.json").read_text("utf-8"))
+        earlier, resolved = written["run_config"], written["resolved"]
     except (OSError, ValueError, KeyError):
         return None
     free = {"output-dir", "store-dir", "data-dir"}
     changed = [key for key, value in settings.flat().items() if key not in free and earlier.get(key) != value]
+    now = resolve(settings)
+    changed += [key for key in IDENTITIES if resolved.get(key) != now[key]]
+    earlier |= resolved
     if changed:
         raise ConfigError(
             f"{str(place)!r} must be a run of this experiment, but its `{changed[0]}` was {earlier.get(changed[0])!r}. "

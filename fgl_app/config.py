@@ -38,7 +38,8 @@ class RunSettings:
     output_dir: str
     """Absolute path, or one that begins with ``~``."""
     store_dir: str
-    """Folder of the synthetic images; empty for ``synthetic/`` of the run. Runs that share one draw an image once."""
+    """Folder of the synthetic images; empty for ``synthetic/`` of the run. Runs with equal prompts and synthesis
+    settings that share one draw their images once."""
     trackers: str
     """Where metrics go besides the run folder: ``tensorboard``, ``wandb``, ``mlflow``, separated by commas."""
     seed: int

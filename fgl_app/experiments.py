@@ -197,6 +197,8 @@ def _parse(content: Mapping[str, Any], folder: Path) -> Experiment:
         every_column = bool(settings.pop("every-column", True))
         if (of is None) != (server_round is None) or (of is not None and settings):
             raise ValueError(f"row {name!r} must have `of` and `round`, or settings")
+        if server_round is not None and (type(server_round) is not int or server_round < 1):
+            raise ValueError(f"`round` of row {name!r} must be a whole number from 1 on, but is {server_round!r}")
         rows.append(Row(name, settings, of, server_round, every_column))
     columns = {str(name): dict(value or {}) for name, value in content["columns"].items()}
     names = tuple(row.name for row in rows)
@@ -265,9 +267,13 @@ def _check(experiment: Experiment, path: Path) -> None:
     names: dict[str, Run] = {}
     for run in experiment.runs(Path("/")):
         for key in _SET_HERE:
-            asked = {**experiment.shared, **experiment.columns[run.column]}
-            if key in asked and key != "num-clients":
+            row = next(item for item in experiment.rows if item.name == run.row)
+            if key in {**experiment.shared, **experiment.columns[run.column], **row.settings}:
                 raise refuse(f"`{key}` is set by `fgl compare` itself and must not be given")
+        shown = [row.server_round for row in experiment.rows if row.of == run.row and row.server_round is not None]
+        rounds = run.overrides.get("num-server-rounds", default_run_config()["num-server-rounds"])
+        if any(number > int(rounds) for number in shown):
+            raise refuse(f"a row must not show round {max(shown)} of {run.row!r}, which has {rounds}")
         try:
             settings_of(run)
         except ConfigError as error:

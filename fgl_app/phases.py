@@ -71,6 +71,7 @@ def resolve(settings: Settings) -> dict[str, str]:
         "output_dir": str(Path(settings.run.output_dir).expanduser()),
         "device": str(pick_device(settings.run.device)),
         "data_set": settings.card.title,
+        "card": settings.card.digest(),
         "class_names": ",".join(settings.card.class_names()),
         "generator": shipped[0] if settings.synthesis.generator == "tiny" else settings.synthesis.generator,
         "captioner": shipped[1] if settings.prompts.captioner == "tiny" else settings.prompts.captioner,

@@ -14,6 +14,7 @@ from flwr.common.serde import message_to_proto
 from safetensors.torch import load, save
 
 from fgl_app.errors import PromptError
+from fgl_app.files import sha256
 from fgl_app.prompts import MAX_PROMPT_CHARS, PromptCount, is_printable
 from fgl_app.training import Evaluation
 
@@ -127,15 +128,15 @@ def label_prompts(
     return prompts
 
 
-def union_of_classes(uploads: Iterable[Iterable[NamedPrompt]]) -> tuple[str, ...]:
+def union_of_classes(uploads: Iterable[Iterable[NamedPrompt]], least: int = 2) -> tuple[str, ...]:
     """Form the label space as the union of the clients' class names, in alphabetical order.
 
     Raises:
-        PromptError: If there are fewer than two classes, or absurdly many.
+        PromptError: If there are fewer than ``least`` classes, or absurdly many.
     """
     names = tuple(sorted({item.class_name for upload in uploads for item in upload}))
-    if not 2 <= len(names) <= MAX_CLASSES:
-        raise PromptError(f"The clients must hold 2 to {MAX_CLASSES} different classes, but hold {len(names)}.")
+    if not least <= len(names) <= MAX_CLASSES:
+        raise PromptError(f"The clients must hold {least} to {MAX_CLASSES} different classes, but hold {len(names)}.")
     return names
 
 
@@ -196,9 +197,17 @@ def embeddings_of(message: Message, named: Iterable[NamedPrompt]) -> tuple[dict[
             raise PromptError("A client's embedding must hold finite numbers only.")
     if len({tensor.shape[1] for tensor in tensors.values()}) != 1:
         raise PromptError("A client's embeddings must all have the width of the generator's text encoder.")
+    if any(name != embedding_name(tensor) for name, tensor in tensors.items()):
+        raise PromptError("A client's embedding must have the name that its content gives it, but one has another.")
     if {item.prompt for item in named} != set(tensors):
         raise PromptError("Each prompt of a client must name one of its embeddings, and each embedding be named.")
     return tensors, len(packed)
+
+
+def embedding_name(embedding: torch.Tensor) -> str:
+    """Name an embedding, float16 ``[T, D]``, by its content; the name stands in the place of a prompt's text."""
+    content = f"{tuple(embedding.shape)}".encode() + embedding.contiguous().numpy().tobytes()
+    return f"embedding:{sha256(content)[:32]}"
 
 
 def reply_order(message: Message) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from logging import ERROR, INFO
 from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
@@ -18,7 +19,7 @@ from sklearn.metrics import confusion_matrix
 from fgl_app.config import Settings, check_model_source, parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import client_rows, load_held_out, load_split
-from fgl_app.errors import FGLError, RoundError
+from fgl_app.errors import ConfigError, FGLError, RoundError
 from fgl_app.models import check_model
 from fgl_app.phases import (
     Stopwatch,
@@ -32,7 +33,6 @@ from fgl_app.phases import (
     write_server_prompts,
 )
 from fgl_app.prompts import MergedPrompts
-from fgl_app.records import CLASS_NAMES
 from fgl_app.reporting.results import summarize
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.reporting.trackers import Tracker, open_trackers
@@ -77,6 +77,11 @@ def check_settings(settings: Settings) -> Settings:
         asked = not settings.prompts_from_server and prompts.prompt_level != "class"
         if asked and not prompts.captioner.startswith(("/", "~")):
             check_model_source("captioner", prompts.captioner, prompts.captioner_revision, "config.json")
+        if prompts.embedding_epsilon and importlib.util.find_spec("dp_accounting") is None:
+            raise ConfigError(
+                "`embedding-epsilon` needs the package dp-accounting on every client, and it is not installed here. "
+                "Install the extra: pip install 'federated-generative-learning[privacy]'."
+            )
         if settings.prompts_from_server and prompts.prompt_writer != "templates":
             check_model_source("prompt-writer", prompts.prompt_writer, prompts.prompt_writer_revision, "config.json")
     if not settings.own_folders:
@@ -166,7 +171,6 @@ class Session:
         strategy = self._fgl(done) if fgl else self._checked(done)
         # FGL counts its own rounds from 1; the loop of plain rounds counts from the first one that is left.
         offset = 0 if fgl else done
-        label_space = ConfigRecord({CLASS_NAMES: list(self.class_names)}) if self.class_names else ConfigRecord()
         self._round_started = time.monotonic()
         with self.stopwatch.measure("total"):
             strategy.start(
@@ -174,8 +178,6 @@ class Session:
                 initial_arrays=self._first_arrays(),
                 num_rounds=run_settings.num_server_rounds - offset,
                 timeout=run_settings.round_timeout_s,
-                train_config=label_space,
-                evaluate_config=ConfigRecord(dict(label_space)),
                 evaluate_fn=self._evaluate_fn(strategy, offset),
             )
 
@@ -199,9 +201,10 @@ class Session:
     def _common(self, done: int) -> dict[str, Any]:
         return {
             "num_clients": self.settings.run.num_clients,
+            "class_names": self.class_names,
             "fraction_train": self.settings.training.fraction_train,
             "seed": self.settings.run.seed,
-            "parameters": parameter_names(self.settings, self.class_names) if self.class_names else None,
+            "parameters": parameter_names(self.settings, self.class_names or ("", "")),
             "connect_timeout_s": self.settings.run.connect_timeout_s,
             "rounds_done": done,
         }
@@ -221,7 +224,6 @@ class Session:
             self.folder.save_prompts(merged, None)
         strategy = FGL(
             _inner_strategy(self.settings),
-            class_names=self.class_names,
             domains=self.settings.card.domains,
             with_embeddings=self.settings.prompts.prompt_level == "embedding",
             synthesize=self._synthesize,

@@ -58,7 +58,7 @@ def simulate(
     """
     chosen = dict(overrides) | {"num-clients": num_clients}
     settings = check_settings(parse_run_config(default_run_config() | chosen))
-    if settings.prompts.prompt_level == "instance":  # the clients are on this machine
+    if settings.prompts.prompt_level != "class":  # the clients are on this machine
         check_model_source("captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json")
     run_config = " ".join(f"{key}={_toml(value)}" for key, value in chosen.items())
     federation = (

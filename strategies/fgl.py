@@ -15,7 +15,6 @@ from fgl_app.data.images import ImageSet
 from fgl_app.errors import PromptError, RoundError
 from fgl_app.prompts import MergedPrompts, merge_prompts
 from fgl_app.records import (
-    CLASS_NAMES,
     CONFIG,
     PROMPTS_MESSAGE,
     decode_prompts,
@@ -81,13 +80,13 @@ class FGL(CheckedRounds):
         super().__init__(
             inner if inner is not None else FedAvg(),
             num_clients=num_clients,
+            class_names=class_names,
             fraction_train=fraction_train,
             seed=seed,
             parameters=parameters,
             connect_timeout_s=connect_timeout_s,
             rounds_done=rounds_done,
         )
-        self._class_names = tuple(class_names)
         self._domains = tuple(domains)
         self._with_embeddings = with_embeddings
         self._synthesize = synthesize
@@ -130,15 +129,12 @@ class FGL(CheckedRounds):
             prompts = self.collect_prompts(grid, timeout)
             if self._on_prompts is not None:
                 self._on_prompts(prompts)
-        # Nodes that hold folders of their own learn from it what a label is.
-        label_space = {CLASS_NAMES: list(prompts.class_names)}
-        train_config = ConfigRecord({**(train_config or {}), **label_space})
-        evaluate_config = ConfigRecord({**(evaluate_config or {}), **label_space})
+        self.class_names = prompts.class_names
         arrays = initial_arrays
         self._synthetic = self._synthesize(prompts)
         if self.rounds_done == 0:
             arrays = self._pretrain(initial_arrays, self._synthetic)
-            self._evaluate_on_clients(grid, arrays, evaluate_config, timeout)
+            self._evaluate_on_clients(grid, arrays, evaluate_config or ConfigRecord(), timeout)
             self.rounds_done = 1
         result = super().start(
             grid,
@@ -174,8 +170,8 @@ class FGL(CheckedRounds):
             try:
                 payload = payload_of(reply)
                 named = decode_prompts(payload)
-                if self._class_names:  # a client that names others is refused alone
-                    label_prompts(named, self._class_names, self._domains)
+                # A client that names other classes or domains is refused alone.
+                label_prompts(named, self.class_names or union_of_classes([named], least=1), self._domains)
                 payload_bytes = len(payload)
                 if self._with_embeddings:
                     sent, size = embeddings_of(reply, named)
@@ -191,7 +187,7 @@ class FGL(CheckedRounds):
         if not uploads:
             raise RoundError(f"In the prompt round no client's prompts could be used: {' '.join(sorted(refusals))}")
         self.traffic.num_asked_for_prompts = len(nodes)
-        class_names = self._class_names or union_of_classes(uploads)
+        class_names = self.class_names or union_of_classes(uploads)
         merged = merge_prompts([label_prompts(named, class_names, self._domains) for named in uploads])
         absent = len(class_names) - len({item.label for item in merged})
         if absent:

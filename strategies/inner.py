@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import shlex
 from typing import Any
 
 import flwr.serverapp.strategy
@@ -51,7 +50,7 @@ def build_inner(
     made = getattr(flwr.serverapp.strategy, name)
     own = [key for key in inspect.signature(made.__init__).parameters if key not in _OURS]
     keywords: dict[str, Any] = {}
-    for word in shlex.split(options):
+    for word in options.split():
         key, _, text = word.partition("=")
         key = key.replace("-", "_")
         if key not in own:

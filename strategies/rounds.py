@@ -13,10 +13,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvgM, Strategy
 
 from fgl_app.errors import ConfigError, DataError, FGLError, ModelError, PromptError, RoundError
-from fgl_app.records import ARRAYS, PLACE_MESSAGE, place_of, reply_order, serialized_bytes
+from fgl_app.records import ARRAYS, CLASS_NAMES, EQUAL_WEIGHT, PLACE_MESSAGE, place_of, reply_order, serialized_bytes
 from fgl_app.rng import numpy_generator
 
 _SENTENCES = {
@@ -55,6 +55,7 @@ class CheckedRounds(Strategy):
         inner: Strategy,
         *,
         num_clients: int,
+        class_names: Sequence[str] = (),
         fraction_train: float = 1.0,
         seed: int = 0,
         parameters: Collection[str] | None = None,
@@ -66,6 +67,7 @@ class CheckedRounds(Strategy):
         Args:
             inner: Any Flower strategy.
             num_clients: Clients that must be connected when an exchange begins.
+            class_names: The label space, sent with every message to clients that hold folders of their own.
             fraction_train: Share of the clients, rounded up, that train in a round; the inner strategy's own share
                 must be 1 and its least number of nodes at most as many.
             seed: Seed of their draw.
@@ -77,6 +79,7 @@ class CheckedRounds(Strategy):
         self.inner = inner
         self.rounds_done = rounds_done
         self._num_clients = num_clients
+        self.class_names: tuple[str, ...] = tuple(class_names)
         self._fraction_train = fraction_train
         self._seed = seed
         self._parameters = parameters
@@ -104,6 +107,10 @@ class CheckedRounds(Strategy):
         self._dtypes = {name: array.dtype for name, array in arrays.items()}
         self._sent = arrays
         number = self.rounds_done + server_round
+        config = self._with_label_space(config)
+        if isinstance(self.inner, FedAvgM):
+            # It would go on from its own last arrays, whatever fine-tuning made of them.
+            self.inner.current_arrays = None
         nodes = self.wait_for_clients(grid)
         if self._fraction_train < 1:
             grid = cast(Grid, _SomeNodes(grid, self._draw_clients(grid, nodes, number)))
@@ -121,6 +128,9 @@ class CheckedRounds(Strategy):
         ordered = self.usable_replies(f"training round {number}", replies)
         self.traffic.model_bytes[number] = [serialized_bytes(reply) for reply in ordered if reply.has_content()]
         contents = [reply.content for reply in ordered if reply.has_content()]
+        for content in contents:  # the weight of the unweighted mean is not the client's to choose
+            for metrics_record in content.metric_records.values():
+                metrics_record[EQUAL_WEIGHT] = 1
         if self._sent is not None:
             updates = [content.array_records[ARRAYS] for content in contents]
             self.update_metrics[number] = update_metrics(self._sent, updates, self._parameters)
@@ -136,6 +146,7 @@ class CheckedRounds(Strategy):
     ) -> Iterable[Message]:
         """Let the inner strategy configure the evaluation by clients, if it wants one."""
         self.wait_for_clients(grid)
+        config = self._with_label_space(config)
         questions = list(self.inner.configure_evaluate(self.rounds_done + server_round, arrays, config, grid))
         self._num_asked_to_evaluate = len(questions)
         return questions
@@ -176,17 +187,28 @@ class CheckedRounds(Strategy):
             time.sleep(0.5)
         return nodes
 
+    def _with_label_space(self, config: ConfigRecord) -> ConfigRecord:
+        """Add the class names here and not to the configuration of ``start()``, which Flower logs."""
+        return ConfigRecord({**config, CLASS_NAMES: list(self.class_names)}) if self.class_names else config
+
     def _draw_clients(self, grid: Grid, nodes: Sequence[int], number: int) -> list[int]:
         """Draw the clients of a round by their place, which, unlike Flower's node ids, is the same in every run."""
         unknown = [node for node in nodes if node not in self._places]
         if unknown:
             questions = [Message(RecordDict(), message_type=PLACE_MESSAGE, dst_node_id=node) for node in unknown]
-            replies = self.usable_replies("the roll call", grid.send_and_receive(questions))
+            replies = list(grid.send_and_receive(questions, timeout=self._connect_timeout_s))
+            if not self._places:
+                self.usable_replies("the roll call", replies)
             self._places |= {
                 reply.metadata.src_node_id: place for reply in replies if (place := place_of(reply)) is not None
             }
         ordered = sorted((node for node in nodes if node in self._places), key=lambda node: self._places[node])
-        count = math.ceil(self._fraction_train * len(nodes))
+        count = math.ceil(self._fraction_train * self._num_clients)
+        if len(ordered) < count:
+            raise RoundError(
+                f"Round {number} needs {count} clients that said their place, but only {len(ordered)} of {len(nodes)} "
+                "did. Look into the others' logs, or lower `fraction-train`."
+            )
         drawn = numpy_generator(self._seed, "participation", number).permutation(len(ordered))[:count]
         return [ordered[index] for index in sorted(drawn.tolist())]
 

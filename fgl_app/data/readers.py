@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fgl_app.cards import Card
 from fgl_app.errors import DataError
-from fgl_app.files import cache_folder, write_atomically
+from fgl_app.files import cache_folder, canonical_json, sha256, write_atomically
 
 _IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's
 
@@ -202,7 +202,9 @@ def open_image(path: Path) -> Image.Image:
 
 def _unpack_idx(name: str, folder: Path) -> Path:
     """Unpack a folder of ``*-ubyte.gz`` files, as Debian packages them, to where torchvision looks for them."""
-    root = cache_folder() / "data-unpacked"
+    # A changed file is unpacked anew, and another folder elsewhere.
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*-ubyte.gz"))]
+    root = cache_folder() / "data-unpacked" / sha256(canonical_json([str(folder.resolve()), *files]))[:16]
     raw = root / name / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for packed in sorted(folder.glob("*-ubyte.gz")):

@@ -14,7 +14,7 @@ from fgl_app.errors import ModelError
 from fgl_app.prompts.writing import PromptCount, fill, printable
 from fgl_app.rng import derive_seed
 
-_REQUEST = "Write one short caption of a real photograph that shows {a class}. Answer with the caption only."
+_REQUEST = 'Write one short and specific image caption that begins like "{opening}". Answer with the caption only.'
 _ATTEMPTS = 20
 
 PromptWriter = Callable[[str, str, int], list[str]]
@@ -84,7 +84,9 @@ class LanguageModelWriter:
         asked = opening
         if chat:
             asked = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": fill(_REQUEST, class_name)}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": _REQUEST.replace("{opening}", opening)}],
+                tokenize=False,
+                add_generation_prompt=True,
             )
         inputs = self._tokenizer(asked, return_tensors="pt").to(self._device)
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):

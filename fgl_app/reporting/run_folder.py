@@ -26,6 +26,8 @@ _FREE_KEYS = {
     "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-batch-size",
     "captioning-batch-size", "connect-timeout-s", "round-timeout-s", "data-dir",
 }  # fmt: skip
+IDENTITIES = ("card", "generator", "captioner")
+"""What is known by its content: a run does not go on, nor counts in a comparison, with another."""
 _PACKAGES = ("flwr", "flwr-datasets", "torch", "torchvision", "diffusers", "transformers", "scikit-learn", "numpy")
 _CHECKPOINT = re.compile(r"round-(\d{4})\.safetensors")
 
@@ -44,6 +46,7 @@ class RunFolder:
         self.synthetic = Path(store).expanduser() if store else self.path / "synthetic"
         self._checkpoints = self.path / "checkpoints"
         self._settings = settings
+        self._resolved = dict(resolved)
         config = {
             "run_config": settings.flat(),
             "resolved": dict(resolved),
@@ -69,7 +72,8 @@ class RunFolder:
         if not file.exists():
             return
         try:
-            earlier: dict[str, Any] = json.loads(file.read_text("utf-8"))["run_config"]
+            written: dict[str, Any] = json.loads(file.read_text("utf-8"))
+            earlier, resolved = written["run_config"], written["resolved"]
         except (ValueError, KeyError, TypeError):
             raise RunFolderError(
                 f"{str(file)!r} must be a run's configuration, but is damaged. Use another `run-name`."
@@ -79,6 +83,12 @@ class RunFolder:
                 raise RunFolderError(
                     f"`run-name` {self.path.name} must be resumed with the settings it began with, but `{key}` was "
                     f"{earlier.get(key)!r} and is {value!r} now. Use another `run-name`."
+                )
+        for key in IDENTITIES:
+            if resolved.get(key) != self._resolved.get(key):
+                raise RunFolderError(
+                    f"`run-name` {self.path.name} must be resumed with the {key} it began with, but its content has "
+                    "changed since. Use another `run-name`."
                 )
 
     def save_prompts(self, merged: MergedPrompts, upload: Mapping[str, int] | None) -> None:

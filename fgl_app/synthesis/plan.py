@@ -126,7 +126,8 @@ class Plan:
 
 
 def _sample(settings_digest: str, item: PromptBudget, negative: str, index: int) -> Sample:
-    identity = canonical_json([settings_digest, item.label, item.prompt, negative, index])
+    # Equal prompts of different domains are different images.
+    identity = canonical_json([settings_digest, item.label, item.prompt, negative, index, *filter(None, [item.domain])])
     sample_id = hashlib.sha256(identity).digest()[:16]
     return Sample(item.label, item.prompt, negative, sample_id, derive_seed(0, "noise", sample_id.hex()))
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from clients.captioning import CachedCaptioner, HubCaptioner
+from clients.captioning import CachedCaptioner, HubCaptioner, identity_of
 from clients.prompting import write_prompts
+from fgl_app import tiny
 from fgl_app.cards import load_card
 from fgl_app.data.sources import load_split
 from fgl_app.errors import ModelError
@@ -96,3 +97,12 @@ def test_equal_images_are_captioned_once(tmp_path):
 
     assert cached(torch.zeros(6, 3, 8, 8, dtype=torch.uint8)) == ["same"] * 6
     assert asked == [1]
+
+
+def test_a_retrained_captioner_has_another_identity(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"first")
+    first = identity_of(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"second try")
+
+    assert identity_of(str(tmp_path)) != first
+    assert identity_of("tiny") == (tiny.folder_of(tiny.CAPTIONER).name,)

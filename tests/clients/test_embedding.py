@@ -2,9 +2,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clients.embedding import TextEncoder, calibrated_multiplier, embed_prompts, embedding_name
+from clients.embedding import TextEncoder, calibrated_multiplier, embed_prompts
 from fgl_app.errors import ConfigError, ModelError
 from fgl_app.prompts import PromptBudget, PromptCount
+from fgl_app.records import embedding_name
 from fgl_app.synthesis import generator
 from fgl_app.synthesis.plan import DrawSettings, Plan
 
@@ -86,6 +87,14 @@ def test_noise_has_the_calibrated_size_and_hides_the_length(encoder):
     assert float(noisy.std()) == pytest.approx(expected, rel=0.1)
     again, _ = embed(encoder, summary="mean", clip_norm=1.0, epsilon=2.0)
     assert again != named  # a seed that the server knows would let it take the noise off
+
+
+def test_noise_hides_the_length_even_beside_a_prompt_that_fills_the_context(encoder):
+    prompts = [PromptCount(0, "zero " * 100, 1), PromptCount(0, "zero", 1)]
+
+    _, embeddings = embed(encoder, prompts, clip_norm=1.0, epsilon=8.0)
+
+    assert {len(tensor) for tensor in embeddings.values()} == {encoder.context_length}
 
 
 def test_the_accountant_agrees_with_the_bound_of_the_gaussian_mechanism():

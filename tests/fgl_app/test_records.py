@@ -13,6 +13,7 @@ from fgl_app.prompts import PromptCount, class_prompts
 from fgl_app.records import (
     Upload,
     decode_prompts,
+    embedding_name,
     embeddings_of,
     encode_prompts,
     label_prompts,
@@ -122,11 +123,12 @@ def reply_with(embeddings, prompts=("e",)):
 
 
 def test_embeddings_survive_the_journey_and_their_bytes_are_counted():
-    sent = {"e": torch.randn(5, 8).half()}
+    tensor = torch.randn(5, 8).half()
+    name = embedding_name(tensor)
 
-    received, size = embeddings_of(*reply_with(sent))
+    received, size = embeddings_of(*reply_with({name: tensor}, [name]))
 
-    assert torch.equal(received["e"], sent["e"])
+    assert torch.equal(received[name], tensor)
     assert 5 * 8 * 2 < size < 5 * 8 * 2 + 200
 
 
@@ -139,7 +141,7 @@ def test_embeddings_survive_the_journey_and_their_bytes_are_counted():
         ({"e": torch.zeros(0, 8).half()}, "float16"),
         ({"e": torch.full((2, 8), float("nan")).half()}, "finite"),
         ({"e": torch.zeros(2, 8).half(), "f": torch.zeros(2, 9).half()}, "width"),
-        ({"other": torch.zeros(2, 8).half()}, "name"),
+        ({"e": torch.zeros(2, 8).half()}, "name that its content gives it"),
     ],
 )
 def test_embeddings_that_cannot_be_used_are_refused(embeddings, reason):

@@ -41,7 +41,7 @@ def test_finished_rounds_and_their_weights_are_found_again(folder, settings):
     folder.save_round(row(1), arrays(1.0))
     folder.save_round(row(2), arrays(2.0))
 
-    again = RunFolder(settings, {})
+    again = RunFolder(settings, resolve(settings))
 
     assert again.finished_rounds() == [row(1), row(2)]
     state = again.load_arrays(2).to_torch_state_dict()
@@ -92,7 +92,8 @@ def test_prompts_are_kept_for_their_owner_alone(folder):
 
 
 def test_the_same_name_with_other_settings_is_refused_but_more_rounds_are_not(folder, run_config):
-    RunFolder(parse_run_config(run_config | {"num-server-rounds": 9}), {})
+    longer = parse_run_config(run_config | {"num-server-rounds": 9})
+    RunFolder(longer, resolve(longer))
 
     with pytest.raises(RunFolderError, match="`seed` was 0 and is 5 now"):
         RunFolder(parse_run_config(run_config | {"seed": 5}), {})
@@ -153,3 +154,9 @@ def test_clients_evaluations_are_weighted_by_the_images_behind_them():
 def test_a_classifier_that_cannot_take_the_images_is_refused():
     with pytest.raises(ConfigError, match=r"`model` alexnet.*`image-size` 16"):
         check_model("alexnet", 10, 16)
+
+
+def test_a_run_does_not_go_on_with_another_card_or_model_of_the_same_name(folder, settings):
+    for key in ("card", "generator", "captioner"):
+        with pytest.raises(RunFolderError, match=f"the {key} it began with"):
+            RunFolder(settings, resolve(settings) | {key: "another"})

@@ -221,3 +221,9 @@ def test_a_negative_prompt_and_a_size_reach_the_pipeline(pipeline):
     same_noise = [dataclasses.replace(sample, noise_seed=1) for sample in samples]
     first, second = (generator.draw(pipeline, [sample], SETTINGS, 1) for sample in same_noise)
     assert not torch.equal(first, second)
+
+
+def test_equal_prompts_of_different_domains_are_different_images():
+    plan = plan_of(PromptBudget(0, "zero", 2, "ink"), PromptBudget(0, "zero", 2, "chalk"))
+
+    assert len({sample.noise_seed for unit in plan.units() for sample in unit.samples}) == 4

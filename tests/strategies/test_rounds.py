@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fgl_app.phases import initial_arrays, parameter_names
 from strategies import CheckedRounds
@@ -79,3 +79,39 @@ def test_a_fraction_of_the_clients_is_drawn_from_seed_and_round(make_grid, setti
 
 def test_one_of_many_clients_is_enough(make_grid, settings):
     assert [len(places) for places in rounds(make_grid, settings, fraction=0.1, num_rounds=2)] == [1, 1]
+
+
+def test_fedavgm_goes_on_from_the_weights_that_fine_tuning_made(make_grid, settings):
+    start = initial_arrays(settings, settings.card.class_names())
+    inner = build_inner(
+        "FedAvgM", "server-learning-rate=0.5", num_selected=3, num_clients=3, weighting="examples",
+        evaluate_on_clients=False,
+    )  # fmt: skip
+    strategy = CheckedRounds(inner, num_clients=3)
+
+    for number, value in ((1, 0.0), (2, 5.0)):
+        sent = ArrayRecord({name: Array(array.numpy() * 0 + value) for name, array in start.items()})
+        messages = list(strategy.configure_train(number, sent, ConfigRecord(), make_grid()))
+        replies = []
+        for message in messages:  # clients that return what they got
+            content = RecordDict({"arrays": sent, "metrics": MetricRecord({"num-examples": 10})})
+            replies.append(Message(content, reply_to=message))
+        arrays, _ = strategy.aggregate_train(number, replies)
+
+        assert all((array.numpy() == value).all() for array in arrays.values())
+
+
+def test_a_client_does_not_choose_its_weight_in_the_unweighted_mean():
+    inner = build_inner("FedAvg", "", num_selected=2, num_clients=2, weighting="uniform", evaluate_on_clients=False)
+    question = Message(RecordDict(), message_type="train", dst_node_id=1)
+    replies = [
+        Message(
+            RecordDict({"arrays": record([value]), "metrics": MetricRecord({"equal-weight": weight})}),
+            reply_to=question,
+        )
+        for value, weight in ((1.0, 10**9), (3.0, 1))
+    ]
+
+    arrays, _ = CheckedRounds(inner, num_clients=2).aggregate_train(1, replies)
+
+    assert arrays["weight"].numpy().tolist() == [2.0]
