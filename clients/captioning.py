@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from fgl_app import tiny
 from fgl_app.errors import ModelError
 from fgl_app.files import cache_folder, canonical_json
+from fgl_app.foundation_models import locate
 
 _DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "4bit": torch.bfloat16,
@@ -45,8 +46,7 @@ class HubCaptioner:
 
     def __init__(self, source: str, *, revision: str, dtype: str, max_new_tokens: int, device: torch.device) -> None:
         """Load processor and model."""
-        path = str(tiny.folder_of(tiny.CAPTIONER)) if source == "tiny" else os.path.expanduser(source)
-        pinned = revision if revision and source != "tiny" and not Path(path).is_dir() else None
+        path, pinned = locate(source, revision, tiny.CAPTIONER)
         chosen = resolved_dtype(dtype, device)
         try:
             self._processor: Any = AutoProcessor.from_pretrained(path, revision=pinned)

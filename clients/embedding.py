@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +13,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from fgl_app import tiny
 from fgl_app.errors import ConfigError, ModelError
+from fgl_app.foundation_models import locate
 from fgl_app.prompts import PromptCount
 from fgl_app.records import embedding_name
 
@@ -43,8 +42,7 @@ class TextEncoder:
 
     def __init__(self, generator: str, revision: str, device: torch.device) -> None:
         """Load tokenizer and encoder."""
-        path = str(tiny.folder_of(tiny.DIFFUSION)) if generator == "tiny" else os.path.expanduser(generator)
-        pinned = revision if revision and generator != "tiny" and not Path(path).is_dir() else None
+        path, pinned = locate(generator, revision, tiny.DIFFUSION)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", revision=pinned)
             self._model: Any = CLIPTextModel.from_pretrained(

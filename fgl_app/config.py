@@ -23,7 +23,6 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 APP_FOLDER = Path(__file__).resolve().parent.parent
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -428,43 +427,3 @@ def _check_combinations(settings: Settings) -> None:
 def tracker_names(trackers: str) -> list[str]:
     """Split the value of ``trackers``."""
     return [name.strip() for name in trackers.split(",") if name.strip()]
-
-
-def check_model_source(key: str, value: str, revision: str, marker: str) -> None:
-    """Check, before anything is computed, that a foundation model can be found.
-
-    Args:
-        key: ``generator`` or ``captioner``.
-        value: ``tiny``, a folder, or a hub id.
-        revision: Git revision of a hub id; empty for the newest.
-        marker: File that every such model has: ``model_index.json`` or ``config.json``.
-
-    Raises:
-        ConfigError: If the value is none of these, the folder cannot be read or the hub does not have the id.
-    """
-    if value == "tiny":
-        return
-    folder = Path(value).expanduser()
-    if folder.is_absolute():
-        try:
-            (folder / marker).read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                f"`{key}` must be a folder that holds a readable {marker}, but {value!r} does not "
-                f'({error.strerror}). Use "tiny" or a folder that save_pretrained wrote.'
-            ) from None
-        return
-    if not _HUB_ID.fullmatch(value):
-        raise ConfigError(
-            f'`{key}` must be "tiny", an absolute folder or a hub id such as "owner/name", but is {value!r}.'
-        )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(value, marker, revision=revision or None)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"`{key}` must be a model that the hub or its local cache has, but {value!r} cannot be had "
-            f'({type(error).__name__}). Use "tiny" or check the name, the revision, the network and the token.'
-        ) from None

@@ -16,10 +16,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from sklearn.metrics import confusion_matrix
 
-from fgl_app.config import Settings, check_model_source, parse_run_config
+from fgl_app import tiny
+from fgl_app.config import Settings, parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import client_rows, load_held_out, load_split
 from fgl_app.errors import ConfigError, FGLError, RoundError
+from fgl_app.foundation_models import check_model_source
 from fgl_app.models import check_model
 from fgl_app.phases import (
     Stopwatch,
@@ -72,11 +74,15 @@ def check_settings(settings: Settings) -> Settings:
     open_trackers(settings, None)
     prompts, synthesis = settings.prompts, settings.synthesis
     if settings.synthesizes:
-        check_model_source("generator", synthesis.generator, synthesis.generator_revision, "model_index.json")
+        check_model_source(
+            "generator", synthesis.generator, synthesis.generator_revision, "model_index.json", tiny.DIFFUSION
+        )
         # A folder with a captioner lies on the clients, which check it themselves.
         asked = not settings.prompts_from_server and prompts.prompt_level != "class"
         if asked and not prompts.captioner.startswith(("/", "~")):
-            check_model_source("captioner", prompts.captioner, prompts.captioner_revision, "config.json")
+            check_model_source(
+                "captioner", prompts.captioner, prompts.captioner_revision, "config.json", tiny.CAPTIONER
+            )
         if prompts.embedding_epsilon and importlib.util.find_spec("dp_accounting") is None:
             raise ConfigError(
                 "`embedding-epsilon` needs the package dp-accounting on every client, and it is not installed here. "

@@ -24,8 +24,10 @@ from typing import TextIO
 
 import psutil
 
-from fgl_app.config import APP_FOLDER, RunConfigValue, check_model_source, default_run_config, parse_run_config
+from fgl_app import tiny
+from fgl_app.config import APP_FOLDER, RunConfigValue, default_run_config, parse_run_config
 from fgl_app.errors import ConfigError, FGLError
+from fgl_app.foundation_models import check_model_source
 from fgl_app.server_app import check_settings
 
 _START_TIMEOUT_S = 60.0
@@ -59,7 +61,9 @@ def simulate(
     chosen = dict(overrides) | {"num-clients": num_clients}
     settings = check_settings(parse_run_config(default_run_config() | chosen))
     if settings.prompts.prompt_level != "class":  # the clients are on this machine
-        check_model_source("captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json")
+        check_model_source(
+            "captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json", tiny.CAPTIONER
+        )
     run_config = " ".join(f"{key}={_toml(value)}" for key, value in chosen.items())
     federation = (
         f"num-supernodes={num_clients} client-resources-num-cpus={client_cpus} client-resources-num-gpus={client_gpus}"

@@ -87,8 +87,7 @@ def train(
     # A private generator drives dropout, so that training neither reads nor moves the global one.
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-        # nn.Module.to takes both at run time; torch's annotations have no overload for the pair.
-        model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        _place(model, device).train()
         images, labels = data.images.to(device), data.labels.to(device)
         optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=weight_decay)
         total_steps = epochs * math.ceil(len(data) / batch_size)
@@ -122,8 +121,7 @@ def evaluate(model: nn.Module, data: ImageSet, device: torch.device) -> Evaluati
     """Measure loss and accuracy of a classifier; an empty set gives zeros."""
     if len(data) == 0:
         return Evaluation(0.0, 0.0, 0, torch.zeros(0, dtype=torch.int64))
-    # As above: no overload for the pair.
-    network = copy.deepcopy(model).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    network = _place(copy.deepcopy(model), device).eval()
     loss, predictions = 0.0, []
     with torch.inference_mode():
         for start in range(0, len(data), _EVALUATION_BATCH):
@@ -175,6 +173,13 @@ def augment(images: torch.Tensor, augmentation: str, generator: torch.Generator)
     theta[:, 0, 2], theta[:, 1, 2] = (2 * uniform[2] - 1) * (1 - width), (2 * uniform[3] - 1) * (1 - height)
     grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device in place, channels last, as the images are."""
+    # nn.Module.to documents `memory_format`, but torch's annotations have no overload with it.
+    placed: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed
 
 
 def _logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:

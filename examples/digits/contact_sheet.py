@@ -7,13 +7,12 @@ The page of a run, `fgl report`, shows held-out images instead; this data set is
 
 from __future__ import annotations
 
-import base64
 import sys
 from pathlib import Path
 
 from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.data.sources import load_split
-from fgl_app.reporting.figures import contact_sheet, to_png_base64
+from fgl_app.reporting.figures import contact_sheet, to_png
 from fgl_app.reporting.finished_run import read_run, synthetic_images
 
 SHOWN_SIZE_PX = 32
@@ -29,7 +28,7 @@ def main() -> None:
             run, len(run.class_names), IMAGES_PER_CLASS, SHOWN_SIZE_PX
         ),
     }
-    output.write_bytes(base64.b64decode(to_png_base64(contact_sheet(panels, run.class_names, IMAGES_PER_CLASS))))
+    output.write_bytes(to_png(contact_sheet(panels, run.class_names, IMAGES_PER_CLASS)))
 
 
 if __name__ == "__main__":

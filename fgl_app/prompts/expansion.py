@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from fgl_app.errors import ModelError
+from fgl_app.foundation_models import locate
 from fgl_app.prompts.writing import PromptCount, fill, printable
 from fgl_app.rng import derive_seed
 
@@ -47,8 +46,7 @@ class LanguageModelWriter:
         """Load tokenizer and model."""
         from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds of import, for few runs
 
-        path = os.path.expanduser(source)
-        pinned = revision if revision and not Path(path).is_dir() else None
+        path, pinned = locate(source, revision)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=pinned)
             self._model: Any = AutoModelForCausalLM.from_pretrained(

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from fgl_app.experiments import Experiment, Figure, Results, accuracies, mean_and_sd
+from fgl_app.reporting.figures import COLOURS, HATCHES, LINES, MARKERS, to_png, to_svg
 
-_STYLES = (
-    ("#1b1b1b", "-", "o"), ("#d95f02", "--", "s"), ("#1f78b4", "-.", "^"), ("#8c8c8c", ":", "D"), ("#7b3294", "-", "v"),
-    ("#008837", "--", "P"), ("#a6611a", "-.", "X"),
-)  # fmt: skip
-"""Colour, line and marker of each row: rows differ in grey and for the colour-blind, too."""
-_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++")
 _X_LABELS = {
     "by-round": "round",
     "by-upload": "uploaded by all clients together, MB",
@@ -33,13 +26,8 @@ def draw(experiment: Experiment, results: Results) -> dict[str, bytes]:
         if not any(accuracies(experiment, results, row, column) for row in figure.rows for column in figure.columns):
             continue
         canvas = _bars(experiment, results, figure) if figure.kind == "bars" else _curves(experiment, results, figure)
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            # Without a date and with a fixed salt the same numbers give the same file.
-            metadata = {"Date": None} if kind == "svg" else {}
-            with matplotlib.rc_context({"svg.hashsalt": figure.name}):
-                canvas.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-            files[f"{figure.name}.{kind}"] = buffer.getvalue()
+        files[f"{figure.name}.png"] = to_png(canvas, dpi=150)
+        files[f"{figure.name}.svg"] = to_svg(canvas).encode()
     return files
 
 
@@ -54,7 +42,7 @@ def _bars(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
         places = np.arange(len(figure.columns)) + (number - (len(figure.rows) - 1) / 2) * width
         axis.bar(
             places, means, width, yerr=deviations, label=row, capsize=2, edgecolor="black", linewidth=0.6,
-            color=_STYLES[number % len(_STYLES)][0], alpha=0.75, hatch=_HATCHES[number % len(_HATCHES)],
+            color=COLOURS[number % len(COLOURS)], alpha=0.75, hatch=HATCHES[number % len(HATCHES)],
         )  # fmt: skip
     axis.set_xticks(range(len(figure.columns)), list(figure.columns))
     if figure.x_label:
@@ -77,7 +65,7 @@ def _curves(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
                 points = _round_points(experiment, results, row, columns[0], figure.kind)
             if not len(points):
                 continue
-            colour, line, marker = _STYLES[number % len(_STYLES)]
+            colour, line, marker = (styles[number % len(styles)] for styles in (COLOURS, LINES, MARKERS))
             x, mean, sd = points.T
             axis.plot(
                 x, mean, line, color=colour, marker=marker, markersize=4, markevery=max(1, len(x) // 12), label=row

@@ -5,7 +5,6 @@ Matplotlib takes a second to import and is needed where a page is drawn only; no
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import warnings
@@ -22,11 +21,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Lines and bars differ in colour, dashes, markers and hatches, so that they can be told apart in grey, too.
 # Okabe & Ito's palette for the colour-blind, without its yellow, which is lost on white.
-_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_LINES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
+COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 _LEGEND_CLASSES = 20
 """With more classes a legend is longer than the figure; a colour bar counts them instead."""
 _NUMBERED_CLASSES = 20
@@ -56,9 +56,9 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
             [x for x, _ in points],
             [y for _, y in points],
             label=_plain(name),
-            color=_COLOURS[number % len(_COLOURS)],
-            linestyle=_LINES[number % len(_LINES)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            color=COLOURS[number % len(COLOURS)],
+            linestyle=LINES[number % len(LINES)],
+            marker=MARKERS[number % len(MARKERS)],
             markersize=5,
             markevery=max(1, math.ceil(len(points) / 20)),
             fillstyle="none" if number % 2 else "full",
@@ -137,7 +137,7 @@ def partition_chart(counts: Sequence[Sequence[int]], class_names: Sequence[str])
             label=_short(name),
             facecolor=scale(label / max(1, len(class_names) - 1)),
             edgecolor="white" if label < len(class_names) / 2 else "0.25",
-            hatch=_HATCHES[label % len(_HATCHES)] if listed else "",
+            hatch=HATCHES[label % len(HATCHES)] if listed else "",
             linewidth=0.4 if listed else 0,
         )
         floor[::2] += table[:, label]
@@ -198,9 +198,9 @@ def to_svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def to_png_base64(figure: Figure, dpi: int = 110) -> str:
-    """Encode a figure as PNG, in base64."""
-    return base64.b64encode(_saved(figure, format="png", dpi=dpi)).decode("ascii")
+def to_png(figure: Figure, dpi: int = 110) -> bytes:
+    """Encode a figure as PNG."""
+    return _saved(figure, format="png", dpi=dpi)
 
 
 def _saved(figure: Figure, **options: Any) -> bytes:

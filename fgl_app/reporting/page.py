@@ -111,9 +111,10 @@ class Picture:
         return Picture(f"data:image/svg+xml;base64,{encoded}", alternative, caption)
 
     @staticmethod
-    def of_png(png_base64: str, alternative: str, caption: str) -> Picture:
+    def of_png(png: bytes, alternative: str, caption: str) -> Picture:
         """Embed a PNG."""
-        return Picture(f"data:image/png;base64,{png_base64}", alternative, caption)
+        encoded = base64.b64encode(png).decode("ascii")
+        return Picture(f"data:image/png;base64,{encoded}", alternative, caption)
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def _images(run: FinishedRun) -> Section:
             "Left: images held out for validation, on which no client trains; the clients' private training images "
             "are not on this page. Right: synthetic images, drawn from the prompts."
         )
-    png = figures.to_png_base64(figures.contact_sheet(panels, names, IMAGES_PER_CLASS))
+    png = figures.to_png(figures.contact_sheet(panels, names, IMAGES_PER_CLASS))
     return Section(heading, text, [Picture.of_png(png, "Contact sheet, one row for each class", caption)])
 
 

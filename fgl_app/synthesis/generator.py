@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 from fgl_app import tiny
 from fgl_app.data.images import resize
 from fgl_app.errors import ModelError, SynthesisError
+from fgl_app.foundation_models import locate
 from fgl_app.synthesis.plan import DrawSettings, Sample
 
 # SD 2.1's attention overflows in fp16, so that bf16 is the half precision on a GPU.
@@ -49,8 +48,7 @@ def load_pipeline(generator: str, revision: str, device: torch.device, scheduler
     Raises:
         ModelError: If it cannot be loaded.
     """
-    source = str(tiny.folder_of(tiny.DIFFUSION)) if generator == "tiny" else os.path.expanduser(generator)
-    pinned = revision if revision and generator != "tiny" and not Path(source).is_dir() else None
+    source, pinned = locate(generator, revision, tiny.DIFFUSION)
     try:
         pipeline = AutoPipelineForText2Image.from_pretrained(
             source, revision=pinned, dtype=_DTYPES[device.type], use_safetensors=True

@@ -387,21 +387,7 @@ def test_a_damaged_folder_is_refused(tmp_path, damage):
         load(tmp_path)
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="it tells what happens without the package")
 def test_4bit_without_bitsandbytes_says_what_to_install():
     with pytest.raises(ModelError, match=r"'tiny' in 4bit needs a package.*pip install.*bitsandbytes"):
         load("tiny", "4bit")
-
-
-@pytest.mark.skipif(find_spec("num2words") is not None, reason="num2words is installed")
-def test_a_processor_without_its_package_says_what_to_install(tmp_path):
-    build_blip2(tmp_path)
-    parts = {
-        "image_processor": {"image_processor_type": "SmolVLMImageProcessor"},
-        "video_processor": {"video_processor_type": "SmolVLMVideoProcessor"},
-    }
-    config = {"processor_class": "SmolVLMProcessor"} | parts
-    (tmp_path / "processor_config.json").write_text(json.dumps(config))
-
-    with pytest.raises(ModelError, match=r"needs a package.*pip install num2words"):
-        load(tmp_path)

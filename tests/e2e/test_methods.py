@@ -1,13 +1,13 @@
 """Real runs of what differs between methods: domains, prompts of the server, embeddings, comparisons."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import ENVIRONMENT, fgl, results
 
 from fgl_app.config import APP_FOLDER
 
@@ -17,25 +17,6 @@ FAST = (
     *("model=cnn", "images-per-class=32", "num-inference-steps=8", "server-epochs=5", "local-epochs=1"),
     *("server-finetune-epochs=0", "num-server-rounds=2", "image-size=8", "batch-size=16", "server-learning-rate=0.05"),
 )
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
-def fgl(*arguments: object, cwd: Path) -> str:
-    done = subprocess.run(
-        ["fgl", *map(str, arguments)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")

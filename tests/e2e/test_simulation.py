@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import ENVIRONMENT, fgl, results
 from PIL import Image
 
 from fgl_app.config import APP_FOLDER
@@ -23,18 +24,6 @@ FAST = (
 )
 
 
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
-def fgl(*arguments: str, cwd: Path, expect: int = 0) -> str:
-    done = subprocess.run(
-        ["fgl", *arguments], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=580, check=False
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == expect, output[-6000:]
-    return output
-
-
 def flower_processes() -> set[str]:
     names = ("flower-superlink", "flower-superexec", "flwr-simulation", "raylet", "fgl_app.synthesis.worker")
     running = set()
@@ -42,10 +31,6 @@ def flower_processes() -> set[str]:
         line = " ".join(process.info["cmdline"] or [])
         running |= {f"{process.pid} {name}" for name in names if name in line}
     return running
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")

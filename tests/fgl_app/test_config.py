@@ -1,7 +1,8 @@
 import pytest
 
-from fgl_app.config import check_model_source, default_run_config, parse_run_config
+from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.errors import ConfigError
+from fgl_app.foundation_models import check_model_source, locate
 from fgl_app.models import check_model_name
 
 FIXED_KEYS = {
@@ -72,7 +73,7 @@ def test_a_folder_data_set_needs_class_names(names):
 @pytest.mark.parametrize("value", ["unknown", "/no/such/folder", "a/b/c", "../weights"])
 def test_a_generator_that_cannot_be_found_is_refused(value):
     with pytest.raises(ConfigError, match=r'`generator`.*"tiny"|`generator`.*hub id'):
-        check_model_source("generator", value, "", "model_index.json")
+        check_model_source("generator", value, "", "model_index.json", "diffusion")
 
 
 def test_a_folder_without_the_marker_is_refused(tmp_path):
@@ -83,3 +84,15 @@ def test_a_folder_without_the_marker_is_refused(tmp_path):
 def test_an_unknown_classifier_is_refused_with_near_names():
     with pytest.raises(ConfigError, match=r"`model`.*resnet18"):
         check_model_name("resnet81")
+
+
+def test_only_a_hub_id_has_a_revision(tmp_path):
+    assert locate("owner/name", "abc") == ("owner/name", "abc")
+    assert locate("owner/name", "") == ("owner/name", None)
+    assert locate(str(tmp_path), "abc") == (str(tmp_path), None)
+    assert locate("tiny", "abc", "captioner")[1] is None
+
+
+def test_no_prompt_writer_is_shipped():
+    with pytest.raises(ConfigError, match="`prompt-writer` must be an absolute folder"):
+        check_model_source("prompt-writer", "tiny", "", "config.json")

@@ -129,7 +129,10 @@ def test_a_cosine_schedule_ends_with_small_steps():
     def last_movement(schedule):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
         seen = []
-        keep = lambda epoch, loss: seen.append(model[1].weight.detach().clone())  # noqa: E731
+
+        def keep(epoch, loss):
+            seen.append(model[1].weight.detach().clone())
+
         with torch.no_grad():
             model[1].weight.zero_()
         fit(model, two_classes(), epochs=10, schedule=schedule, on_epoch=keep)

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -24,9 +26,8 @@ def test_an_unknown_tracker_is_refused(run_config):
         parse_run_config(run_config | {"trackers": "tensorboard, excel"})
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(run_config):
-    try:
-        import mlflow  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match="pip install mlflow"):
-            open_trackers(parse_run_config(run_config | {"trackers": "mlflow"}), None)
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(run_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # whether it is installed or not, it cannot be imported now
+
+    with pytest.raises(ConfigError, match="pip install mlflow"):
+        open_trackers(parse_run_config(run_config | {"trackers": "mlflow"}), None)

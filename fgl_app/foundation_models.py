@@ -1,0 +1,70 @@
+"""Where foundation models lie: the shipped ones, folders that ``save_pretrained`` wrote, and hub ids."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fgl_app import tiny
+from fgl_app.errors import ConfigError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def locate(source: str, revision: str, shipped: str | None = None) -> tuple[str, str | None]:
+    """Say what to hand to ``from_pretrained``.
+
+    Args:
+        source: ``tiny`` where a model is shipped, a folder, or a hub id.
+        revision: Git revision of a hub id; empty for the newest.
+        shipped: Name of the shipped model that ``tiny`` means; None if there is none.
+
+    Returns:
+        A folder or hub id, and the revision of a hub id.
+    """
+    if source == "tiny" and shipped is not None:
+        return str(tiny.folder_of(shipped)), None
+    folder = Path(source).expanduser()
+    return (str(folder), None) if folder.is_dir() else (source, revision or None)
+
+
+def check_model_source(key: str, value: str, revision: str, marker: str, shipped: str | None = None) -> None:
+    """Check, before anything is computed, that a foundation model can be found.
+
+    Args:
+        key: The key of the run configuration that names it.
+        value: ``tiny`` where a model is shipped, a folder, or a hub id.
+        revision: Git revision of a hub id; empty for the newest.
+        marker: File that every such model has: ``model_index.json`` or ``config.json``.
+        shipped: Name of the shipped model that ``tiny`` means; None if there is none.
+
+    Raises:
+        ConfigError: If the value is none of these, the folder cannot be read or the hub does not have the id.
+    """
+    if value == "tiny" and shipped is not None:
+        return
+    tiny_or = '"tiny" or ' if shipped is not None else ""
+    folder = Path(value).expanduser()
+    if folder.is_absolute():
+        try:
+            (folder / marker).read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"`{key}` must be a folder that holds a readable {marker}, but {value!r} does not "
+                f"({error.strerror}). Use {tiny_or}a folder that save_pretrained wrote."
+            ) from None
+        return
+    if not _HUB_ID.fullmatch(value):
+        raise ConfigError(
+            f"`{key}` must be {tiny_or}an absolute folder or a hub id such as owner/name, but is {value!r}."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(value, marker, revision=revision or None)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"`{key}` must be a model that the hub or its local cache has, but {value!r} cannot be had "
+            f"({type(error).__name__}). Use {tiny_or}another one, or check name, revision, network and token."
+        ) from None

@@ -1,0 +1,24 @@
+"""Start the command `fgl` as a user does, and read what a run left."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def fgl(*arguments: object, cwd: Path, expect: int = 0) -> str:
+    """Run `fgl` and return all that it said; any other exit code than `expect` fails the test."""
+    done = subprocess.run(
+        ["fgl", *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=580,
+        check=False,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output[-6000:]
+    return output
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
