@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from logging import ERROR, INFO
 from typing import Any, cast
 
+import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
@@ -175,6 +176,8 @@ class Session:
         done = len(self.rounds)
         fgl = self.settings.synthesizes
         strategy = self._fgl(done) if fgl else self._checked(done)
+        if done:
+            strategy.restore(self.folder.load_memory(done))
         # FGL counts its own rounds from 1; the loop of plain rounds counts from the first one that is left.
         offset = 0 if fgl else done
         self._round_started = time.monotonic()
@@ -307,7 +310,7 @@ class Session:
                 "clients": len(sizes),
                 **strategy.update_metrics.get(number, {}),
             }
-            self._finish_round(number, phase, arrays, measured, sent)
+            self._finish_round(number, phase, arrays, measured, sent, strategy.memory())
             return MetricRecord({key: cast(float, measured[key]) for key in ("accuracy", "loss")})
 
         return evaluate
@@ -329,7 +332,13 @@ class Session:
         return measured
 
     def _finish_round(
-        self, number: int, phase: str, arrays: ArrayRecord, measured: Mapping[str, Any], sent: Mapping[str, Any]
+        self,
+        number: int,
+        phase: str,
+        arrays: ArrayRecord,
+        measured: Mapping[str, Any],
+        sent: Mapping[str, Any],
+        memory: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         if not math.isfinite(measured["loss"]):
             raise RoundError(
@@ -347,7 +356,7 @@ class Session:
             "seconds": round(now - self._round_started, 3),
         }
         self._round_started = now
-        self.folder.save_round(row, arrays)
+        self.folder.save_round(row, arrays, memory)
         self.rounds.append(row)
         for tracker in self.trackers:
             tracker.log(number, {key: value for key, value in row.items() if isinstance(value, int | float)})

@@ -16,6 +16,8 @@ from fgl_app.errors import ConfigError
 
 MOMENTUM = 0.9
 """FGL, Appendix: SGD with momentum 0.9 on the server and on the clients."""
+IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the red, green and blue of ImageNet's pixels, 0 to 1: what torchvision's pretrained weights expect."""
 _EVALUATION_BATCH = 256
 
 
@@ -144,8 +146,11 @@ def accuracy_by_domain(predictions: torch.Tensor, data: ImageSet, domains: Seque
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """Map uint8 ``[N, 3, S, S]`` to float32 in -1 to 1, channels last."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1.0)
+    """Map uint8 ``[N, 3, S, S]`` to float32, channels last, so that ImageNet's pixels have mean 0 and variance 1."""
+    mean, sd = (
+        255 * torch.tensor(value, device=images.device)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_SD)
+    )
+    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(sd)
 
 
 def augment(images: torch.Tensor, augmentation: str, generator: torch.Generator) -> torch.Tensor:

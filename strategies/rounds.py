@@ -10,14 +10,23 @@ from logging import INFO, WARNING
 from typing import Any, cast
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvgM, Strategy
+from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from fgl_app.errors import ConfigError, DataError, FGLError, ModelError, PromptError, RoundError
 from fgl_app.records import ARRAYS, CLASS_NAMES, EQUAL_WEIGHT, PLACE_MESSAGE, place_of, reply_order, serialized_bytes
 from fgl_app.rng import numpy_generator
+from strategies.server_optimizers import (
+    is_server_optimizer,
+    join_statistics,
+    memory_of,
+    only,
+    restore_memory,
+    split_statistics,
+)
 
 _SENTENCES = {
     error.client_code: error.client_sentence for error in (FGLError, ConfigError, DataError, ModelError, PromptError)
@@ -44,7 +53,8 @@ class CheckedRounds(Strategy):
     * A round in which no client trained ends the run with the reasons; Flower would go on with the old weights.
     * Replies are put into the order of their partition ids, so that floating-point sums do not depend on who was first.
     * Integer buffers, such as BatchNorm's ``num_batches_tracked``, come back as integers. BatchNorm's running mean and
-      variance are averaged like every other array (FGL, Eq. 4: the whole state dict).
+      variance are averaged like every other array (FGL, Eq. 4: the whole state dict), also beside a server optimizer,
+      which sees the trained arrays only.
     * With ``fraction_train`` below 1 the clients of a round are drawn from the seed and the round's number; Flower
       would draw them from a global generator and node ids that differ in every run.
     * Rounds are numbered on from ``rounds_done``, so that a resumed run sends the numbers it would have sent.
@@ -71,8 +81,8 @@ class CheckedRounds(Strategy):
             fraction_train: Share of the clients, rounded up, that train in a round; the inner strategy's own share
                 must be 1 and its least number of nodes at most as many.
             seed: Seed of their draw.
-            parameters: Names of the arrays that are trained, which alone count in the diversity of updates; None for
-                all. BatchNorm's statistics are none.
+            parameters: Names of the arrays that are trained, which alone count in the diversity of updates and reach a
+                server optimizer; None for all. BatchNorm's statistics are none.
             connect_timeout_s: Seconds to wait for them; Flower's own strategies would wait for ever.
             rounds_done: Rounds that came before the first one.
         """
@@ -83,6 +93,7 @@ class CheckedRounds(Strategy):
         self._fraction_train = fraction_train
         self._seed = seed
         self._parameters = parameters
+        self._splits_statistics = parameters is not None and is_server_optimizer(inner)
         self._places: dict[int, int] = {}
         self._sent: ArrayRecord | None = None
         self._connect_timeout_s = connect_timeout_s
@@ -114,7 +125,13 @@ class CheckedRounds(Strategy):
         nodes = self.wait_for_clients(grid)
         if self._fraction_train < 1:
             grid = cast(Grid, _SomeNodes(grid, self._draw_clients(grid, nodes, number)))
-        return self.inner.configure_train(number, arrays, config, grid)
+        if not self._splits_statistics:
+            return self.inner.configure_train(number, arrays, config, grid)
+        assert self._parameters is not None
+        messages = list(self.inner.configure_train(number, only(arrays, self._parameters), config, grid))
+        for message in messages:
+            message.content[ARRAYS] = arrays
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -134,9 +151,13 @@ class CheckedRounds(Strategy):
         if self._sent is not None:
             updates = [content.array_records[ARRAYS] for content in contents]
             self.update_metrics[number] = update_metrics(self._sent, updates, self._parameters)
+        statistics = split_statistics(contents, self._parameters or ()) if self._splits_statistics else []
         arrays, metrics = self.inner.aggregate_train(number, ordered)
         if arrays is None or len(arrays) == 0:
             raise RoundError(f"Training round {number} must give new weights, but the strategy aggregated none.")
+        if statistics:
+            assert isinstance(self.inner, FedAvg)
+            arrays = join_statistics(arrays, statistics, self.inner.weighted_by_key, list(self._dtypes))
         if metrics is not None:
             self.train_metrics[number] = metrics
         return restore_integers(arrays, self._dtypes), metrics
@@ -164,6 +185,14 @@ class CheckedRounds(Strategy):
         if metrics is not None:
             self.client_metrics[number] = metrics
         return metrics
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """Return what the inner strategy remembers between rounds."""
+        return memory_of(self.inner)
+
+    def restore(self, memory: Mapping[str, torch.Tensor]) -> None:
+        """Give the inner strategy what it remembered after the last finished round of an earlier start."""
+        restore_memory(self.inner, memory)
 
     def summary(self) -> None:
         """Log the inner strategy."""

@@ -111,14 +111,26 @@ class RunFolder:
         merged = MergedPrompts(tuple(PromptCount(**row) for row in rows), tuple(kept["class_names"]), embeddings)
         return merged, kept["upload"]
 
-    def save_round(self, row: Mapping[str, Any], arrays: ArrayRecord) -> None:
-        """Keep a finished round: first its metrics, then the checkpoint that makes it count as finished."""
+    def save_round(
+        self, row: Mapping[str, Any], arrays: ArrayRecord, memory: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Keep a finished round: first its metrics, then the checkpoint that makes it count as finished.
+
+        Args:
+            row: The round's metrics.
+            arrays: The weights after it.
+            memory: What the strategy remembers besides them.
+        """
         number = int(row["round"])
         for later in self._checkpoint_numbers():  # of a run whose earlier checkpoint was deleted
             if later >= number:
                 self._checkpoint(later).unlink()
         rows = [earlier for earlier in read_json_lines(self._metrics) if earlier["round"] < number]
         write_json_lines(self._metrics, [*rows, dict(row)])
+        if memory:
+            write_atomically(self._memory(number), save(dict(memory)))
+        else:
+            self._memory(number).unlink(missing_ok=True)
         write_atomically(self._checkpoint(number), save(arrays.to_torch_state_dict()))
 
     def finished_rounds(self) -> list[dict[str, Any]]:
@@ -136,15 +148,16 @@ class RunFolder:
         Raises:
             RunFolderError: If the checkpoint is damaged.
         """
-        path = self._checkpoint(number)
-        try:
-            state: dict[str, torch.Tensor] = load(path.read_bytes())
-        except Exception as error:  # safetensors raises an exception class of its own
-            raise RunFolderError(
-                f"{str(path)!r} must be a checkpoint, but cannot be read ({type(error).__name__}). Delete it; the run "
-                "then goes on from the round before."
-            ) from None
-        return ArrayRecord(state)
+        return ArrayRecord(_load_tensors(self._checkpoint(number), self._checkpoint(number)))
+
+    def load_memory(self, number: int) -> dict[str, torch.Tensor]:
+        """Load what the strategy remembered after round ``number``; empty if nothing.
+
+        Raises:
+            RunFolderError: If the file is damaged.
+        """
+        path = self._memory(number)
+        return _load_tensors(path, self._checkpoint(number)) if path.exists() else {}
 
     def write_results(self, results: Mapping[str, Any]) -> Path:
         """Write ``results.json`` and return its path."""
@@ -159,6 +172,9 @@ class RunFolder:
     def _checkpoint(self, number: int) -> Path:
         return self._checkpoints / f"round-{number:04d}.safetensors"
 
+    def _memory(self, number: int) -> Path:
+        return self._checkpoint(number).with_suffix(".strategy.safetensors")
+
     def save_confusion(self, class_names: Sequence[str], confusion: Sequence[Sequence[int]], server_round: int) -> None:
         """Keep how often images of each class (rows) were predicted as each class (columns) after a round."""
         value = {"round": server_round, "class_names": list(class_names), "confusion": [list(r) for r in confusion]}
@@ -172,3 +188,14 @@ class RunFolder:
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+
+def _load_tensors(path: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = load(path.read_bytes())
+    except Exception as error:  # safetensors raises an exception class of its own
+        raise RunFolderError(
+            f"{str(path)!r} must be a checkpoint, but cannot be read ({type(error).__name__}). Delete "
+            f"{checkpoint.name}; the run then goes on from the round before."
+        ) from None
+    return tensors
