@@ -22,6 +22,7 @@ from fgl_app.experiments import (
     cumulative_upload,
     load_experiment,
     mean_and_sd,
+    seconds_of,
     settings_of,
 )
 from fgl_app.files import write_atomically
@@ -254,7 +255,7 @@ def _csv(experiment: Experiment, results: Results) -> str:
             synthesis = item["synthesis"] or {}
             writer.writerow(
                 [row, column, item["seed"], *(item[name] for name in fields), len(item["rounds"]),
-                 item["upload_bytes"]["total"], sum(line["seconds"] for line in item["rounds"]),
+                 item["upload_bytes"]["total"], sum(map(seconds_of, item["rounds"])),
                  synthesis.get("images", 0)]
             )  # fmt: skip
     return text.getvalue()

@@ -178,6 +178,11 @@ def cumulative_upload(experiment: Experiment, results: Results, row: str, column
     return sum(sums) / len(sums) if sums else None
 
 
+def seconds_of(row: Mapping[str, Any]) -> float:
+    """Return a round's wall-clock seconds; images that another run drew into the common store are charged again."""
+    return float(row["seconds"]) + float(row.get("reused_seconds", 0.0))
+
+
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and sample standard deviation; the latter is 0 for one value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -304,7 +304,9 @@ class Session:
             phase = "one-shot" if self.settings.synthesizes and number == 1 else "federated"
             sizes = strategy.traffic.model_bytes.get(number, [])
             prompts_upload = (self.prompts_upload or {}).get("all_messages", 0) if number == 1 else 0
+            reused = self.synthesis.reused_seconds if phase == "one-shot" and self.synthesis else 0.0
             sent = {
+                **({"reused_seconds": round(reused, 3)} if reused else {}),
                 "model_upload_bytes": round(sum(sizes) / len(sizes)) if sizes else 0,
                 "upload_bytes": sum(sizes) + prompts_upload,
                 "clients": len(sizes),

@@ -36,7 +36,7 @@ class UnitStore:
             unit_id: Name of the unit, hexadecimal.
             tensors: ``image`` uint8 ``[N, 3, H, W]``, ``label`` int64 ``[N]``, ``seed`` int64 ``[N]``, ``sample_id``
                 uint8 ``[N, 16]``.
-            provenance: What drew the unit: generator, settings, versions.
+            provenance: What drew the unit, and in how many ``seconds``: generator, settings, versions.
         """
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         write_atomically(self._tensors_path(unit_id), content)
@@ -78,6 +78,10 @@ class UnitStore:
             manifest = self._manifest(unit_id)
             digest.update(f"{unit_id}:{manifest['sha256'] if manifest else 'absent'}\n".encode())
         return digest.hexdigest()
+
+    def seconds(self, unit_ids: Sequence[str]) -> float:
+        """Return how long it took to draw committed units, s."""
+        return sum(float((self._manifest(unit_id) or {}).get("seconds", 0.0)) for unit_id in unit_ids)
 
     def _manifest(self, unit_id: str) -> dict[str, Any] | None:
         try:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from fgl_app.experiments import Experiment, Figure, Results, accuracies, mean_and_sd
+from fgl_app.experiments import Experiment, Figure, Results, accuracies, mean_and_sd, seconds_of
 from fgl_app.reporting.figures import COLOURS, HATCHES, LINES, MARKERS, to_png, to_svg
 
 _X_LABELS = {
@@ -113,7 +113,7 @@ def _x(rounds: Sequence[Mapping[str, Any]], index: int, kind: str) -> float:
     if kind == "by-upload":
         return sum(int(line["upload_bytes"]) for line in done) / 1e6
     if kind == "by-seconds":
-        return sum(float(line["seconds"]) for line in done)
+        return sum(map(seconds_of, done))
     return float(done[-1]["round"])
 
 

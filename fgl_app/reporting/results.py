@@ -72,6 +72,7 @@ def summarize(
             "generated": synthesis.generated,
             "reused": synthesis.reused,
             "seconds": round(synthesis.seconds, 3),
+            "reused_seconds": round(synthesis.reused_seconds, 3),
             "images_per_second": round(synthesis.images_per_second, 3),
             "content_hash": store_hash,
         },

@@ -33,6 +33,8 @@ class SynthesisReport:
     """Images that the store held already."""
     seconds: float
     """Wall-clock seconds, start of the worker included."""
+    reused_seconds: float
+    """What drawing the reused images took when they were drawn, by this run or by another that shares its store."""
 
     @property
     def images_per_second(self) -> float:
@@ -58,12 +60,14 @@ def synthesize(
     plan.save(run_folder / "plan.json")
     units = plan.units()
     total = sum(len(unit.samples) for unit in units)
-    missing = sum(len(unit.samples) for unit in units if not store.has(unit.unit_id))
+    held = [unit for unit in units if store.has(unit.unit_id)]
+    missing = total - sum(len(unit.samples) for unit in held)
+    reused_seconds = store.seconds([unit.unit_id for unit in held])
     started = time.monotonic()
     if missing:
         _run_worker(run_folder / "plan.json", folder, report_progress)
     images = store.read([unit.unit_id for unit in units])
-    return images, SynthesisReport(total, missing, total - missing, time.monotonic() - started)
+    return images, SynthesisReport(total, missing, total - missing, time.monotonic() - started, reused_seconds)
 
 
 def _run_worker(plan: Path, folder: Path, report_progress: Callable[[str], None]) -> None:

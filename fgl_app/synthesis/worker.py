@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,10 @@ def work(plan: Plan, store: UnitStore) -> int:
     done = total - sum(len(unit.samples) for unit in missing)
     with tqdm(desc="synthesis", total=total, initial=done, unit="image", ascii=True, mininterval=1.0) as bar:
         for unit in missing:
+            started = time.monotonic()
             images = generator.draw(pipeline, unit.samples, plan.settings, plan.batch_size, embeddings)
-            store.commit(unit.unit_id, _tensors(unit, images), provenance)
+            seconds = round(time.monotonic() - started, 3)
+            store.commit(unit.unit_id, _tensors(unit, images), {**provenance, "seconds": seconds})
             bar.update(len(unit.samples))
     return total - done
 

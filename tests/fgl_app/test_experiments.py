@@ -100,6 +100,16 @@ def test_orderings_are_judged_by_the_means(markdown):
     assert "| O9 | FedAvg, IID: 85.0 | FGL, IID: 80.0 | 10 | **no** |" in text
 
 
+def test_images_that_another_run_drew_are_charged_in_seconds(write, tmp_path):
+    found = result(0, 0.1, 0.2)
+    found["rounds"][0]["reused_seconds"] = 30.0
+
+    write_tables(load_experiment(write()), {("FedAvg", "IID"): [found]}, tmp_path)
+
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text()))
+    assert float(row["seconds"]) == 2.0 + 2.0 + 30.0
+
+
 def test_what_has_not_run_is_said(markdown):
     text = markdown({})
 

@@ -142,6 +142,12 @@ def test_the_worker_process_reports_progress_and_its_store_is_read_back(tmp_path
 
     assert images.labels.tolist() == [4, 4, 4, 7, 7]
     assert (report.images, report.generated, report.reused) == (5, 5, 0)
+    assert report.reused_seconds == 0
+
+    _, again = synthesize(plan, tmp_path / "store", tmp_path, lines.append)
+
+    assert (again.generated, again.reused) == (0, 5)
+    assert 0 < again.reused_seconds < report.seconds  # what drawing took, without the start of the worker
     assert any("5/5" in line and "image/s" in line for line in lines)
     assert synthesize(plan, tmp_path / "store", tmp_path, lines.append)[1].generated == 0
 
