@@ -41,6 +41,7 @@ def compare_command(
         Path | None, typer.Option(help="Where runs, tables and figures go; by default ~/fgl-runs/EXPERIMENT.")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the data set lies, if it is not downloaded.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; they share the cores.", min=1)] = 1,
     client_cpus: Annotated[int, typer.Option(help="CPU cores per simulated client.", min=1)] = 2,
     client_gpus: Annotated[float, typer.Option(help="Share of a GPU per simulated client.", min=0)] = 0.0,
 ) -> None:
@@ -50,7 +51,7 @@ def compare_command(
     folder = (output_dir or Path("~/fgl-runs") / f"{experiment.resolve().parent.name}-{experiment.stem}").expanduser()
     table = compare(
         experiment, folder.absolute(), data_dir=None if data_dir is None else data_dir.absolute(),
-        client_cpus=client_cpus, client_gpus=client_gpus, say=typer.echo,
+        jobs=jobs, client_cpus=client_cpus, client_gpus=client_gpus, say=typer.echo,
     )  # fmt: skip
     typer.echo(f"table and figures: {table}")
 

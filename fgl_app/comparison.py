@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,6 @@ from fgl_app.phases import resolve
 from fgl_app.reporting.comparison_figures import draw
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
 from fgl_app.reporting.run_folder import IDENTITIES
-from fgl_app.simulation import simulate
 
 _MEASURES: Mapping[Measure, str] = {
     "final_accuracy": "after the last round",
@@ -44,6 +46,7 @@ def compare(
     folder: Path,
     *,
     data_dir: Path | None,
+    jobs: int,
     client_cpus: int,
     client_gpus: float,
     say: Callable[[str], None],
@@ -54,6 +57,8 @@ def compare(
         path: The experiment.
         folder: Where runs, images, tables and figures go; what is finished there is not done again.
         data_dir: Where the data set lies; None to let its library find or download it.
+        jobs: Runs at a time; with more than one, each gets its share of the cores as threads, and its numbers then
+            differ in rounding from those of a run alone.
         client_cpus: CPU cores per simulated client.
         client_gpus: Share of a GPU per client.
         say: Called with a line of progress for each run.
@@ -63,33 +68,67 @@ def compare(
 
     Raises:
         ConfigError: If the experiment is wrong, or the folder holds runs of the same name with other settings.
-        RunFailedError: If a run fails; those before it are kept.
+        FGLError: If a run fails; it names the log. Finished runs are kept.
     """
     experiment = load_experiment(path)
     runs = experiment.runs(folder, data_dir)
     finished = {run.name: _results(folder, run) for run in runs}
     left = [run for run in runs if finished[run.name] is None]
     say(f"{experiment.title}: {len(runs)} runs, {len(runs) - len(left)} finished, {len(left)} to do, in {folder}")
+    options = ["--clients", str(experiment.num_clients), "--client-cpus", str(client_cpus)]
+    options += ["--client-gpus", str(client_gpus)]
     started = time.monotonic()
-    for number, run in enumerate(left):
-        (folder / "runs" / run.name).mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        with (folder / "runs" / f"{run.name}.log").open("w", encoding="utf-8") as output:
-            simulate(
-                run.overrides, num_clients=experiment.num_clients, client_cpus=client_cpus, client_gpus=client_gpus,
-                output=output,
-            )  # fmt: skip
+    for number, (run, seconds) in enumerate(_run_all(left, folder / "runs", options, jobs), 1):
         finished[run.name] = results = _results(folder, run)
         if results is None:
-            raise FGLError(f"The run {run.name} ended without results.json. Its log is {output.name!r}.")
-        now = time.monotonic()
-        rest = (now - started) / (number + 1) * (len(left) - number - 1)
+            raise FGLError(f"The run {run.name} ended without results.json. {_log_of(folder / 'runs', run)}")
+        rest = (time.monotonic() - started) / number * (len(left) - number)
         say(
-            f"{number + 1}/{len(left)} {run.row}, {run.column}, seed {run.seed}: "
-            f"{100 * float(results['final_accuracy']):.1f} % in {now - began:.0f} s; about {rest / 60:.0f} min left"
+            f"{number}/{len(left)} {run.row}, {run.column}, seed {run.seed}: "
+            f"{100 * float(results['final_accuracy']):.1f} % in {seconds:.0f} s; about {rest / 60:.0f} min left"
         )
         write_tables(experiment, _by_cell(runs, finished), folder)
     return write_tables(experiment, _by_cell(runs, finished), folder)
+
+
+def _run_all(runs: Sequence[Run], folder: Path, options: Sequence[str], jobs: int) -> Iterator[tuple[Run, float]]:
+    """Do runs as processes ``fgl run``, ``jobs`` at a time; yield each with its seconds when it ends.
+
+    Raises:
+        FGLError: If one fails; the others that run are then stopped.
+    """
+    waiting, active = list(runs), dict[str, tuple[Run, subprocess.Popen[bytes], float]]()
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        while waiting or active:
+            unfinished = {*active, *(run.name for run in waiting)}
+            for run in [run for run in waiting if run.after not in unfinished][: jobs - len(active)]:
+                waiting.remove(run)
+                words = [f"{key}={value}" for key, value in run.overrides.items() if key != "num-clients"]
+                command = [sys.executable, "-m", "fgl_app.cli", "run", *options, "--", *words]
+                with (folder / f"{run.name}.log").open("wb") as log_file:
+                    process = subprocess.Popen(
+                        command, env=os.environ | threads, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file
+                    )
+                active[run.name] = run, process, time.monotonic()
+            for name, (run, process, began) in list(active.items()):
+                if process.poll() is None:
+                    continue
+                del active[name]
+                if process.returncode != 0:
+                    raise FGLError(f"The run {name} must end with code 0, but failed. {_log_of(folder, run)}")
+                yield run, time.monotonic() - began
+            time.sleep(0.2)
+    finally:
+        for _, process, _ in active.values():
+            process.terminate()  # it stops what it started
+        for _, process, _ in active.values():
+            process.wait()
+
+
+def _log_of(folder: Path, run: Run) -> str:
+    return f"Its log is {str(folder / f'{run.name}.log')!r}; start `fgl compare` again to go on."
 
 
 def write_tables(experiment: Experiment, results: Results, folder: Path) -> Path:

@@ -13,6 +13,7 @@ import yaml
 
 from fgl_app.config import RunConfigValue, Settings, default_run_config, parse_run_config
 from fgl_app.errors import ConfigError
+from fgl_app.files import checkpoint_file
 
 Measure = Literal["final_accuracy", "selected_accuracy", "paper_metric"]
 FigureKind = Literal["bars", "by-round", "by-upload", "by-seconds", "by-column"]
@@ -33,6 +34,8 @@ class Row:
     """Another row, of whose runs this row shows an earlier round; None if it has runs of its own."""
     server_round: int | None
     """That round."""
+    start_from: tuple[str, int] | None
+    """Another row and a round: each run starts from the weights that the other's run left after it."""
     every_column: bool
     """Whether each column needs a run of its own; else the first column's counts for all."""
 
@@ -73,6 +76,8 @@ class Run:
     name: str
     """Its ``run-name``."""
     overrides: Mapping[str, RunConfigValue]
+    after: str | None
+    """The run that must be finished before, because this one starts from its weights."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Experiment:
                 for row in self.rows:
                     if row.of is not None or (not row.every_column and column != next(iter(self.columns))):
                         continue
-                    name = f"{_slug(row.name)}--{_slug(column)}--seed-{seed}"
+                    name, after = _run_name(row.name, column, seed), None
                     overrides = {**self.shared, **condition, **row.settings}
                     here: dict[str, RunConfigValue] = {
                         "run-name": name,
@@ -116,7 +121,11 @@ class Experiment:
                         "num-clients": self.num_clients,
                         **({} if data_dir is None else {"data-dir": str(data_dir)}),
                     }
-                    found.append(Run(row.name, column, seed, name, {**overrides, **here}))
+                    if row.start_from is not None:
+                        owner, number = row.start_from
+                        after = _run_name(*self.cell(owner, column)[:2], seed)
+                        here["initial-weights"] = str(checkpoint_file(folder / "runs" / after, number))
+                    found.append(Run(row.name, column, seed, name, {**overrides, **here}, after))
         return found
 
     def cell(self, row: str, column: str) -> tuple[str, str, int | None]:
@@ -199,12 +208,17 @@ def _parse(content: Mapping[str, Any], folder: Path) -> Experiment:
     for name, value in content["rows"].items():
         settings = dict(value or {})
         of, server_round = settings.pop("of", None), settings.pop("round", None)
+        start = settings.pop("start-from", None)
         every_column = bool(settings.pop("every-column", True))
         if (of is None) != (server_round is None) or (of is not None and settings):
             raise ValueError(f"row {name!r} must have `of` and `round`, or settings")
         if server_round is not None and (type(server_round) is not int or server_round < 1):
             raise ValueError(f"`round` of row {name!r} must be a whole number from 1 on, but is {server_round!r}")
-        rows.append(Row(name, settings, of, server_round, every_column))
+        if start is not None and (type(start) is not list or len(start) != 2 or type(start[1]) is not int):
+            raise ValueError(f"`start-from` of row {name!r} must be [ROW, ROUND], but is {start!r}")
+        rows.append(
+            Row(name, settings, of, server_round, None if start is None else (start[0], start[1]), every_column)
+        )
     columns = {str(name): dict(value or {}) for name, value in content["columns"].items()}
     names = tuple(row.name for row in rows)
     shared = dict(content.get("settings", {}))
@@ -256,6 +270,11 @@ def _check(experiment: Experiment, path: Path) -> None:
     for row in experiment.rows:
         if row.of is not None and row.of not in own_runs:
             raise refuse(f"row {row.name!r} must be `of` a row with runs of its own, but names {row.of!r}")
+        earlier = own_runs & {item.name for item in experiment.rows[: experiment.rows.index(row)]}
+        if row.start_from is not None and row.start_from[0] not in earlier:
+            raise refuse(
+                f"row {row.name!r} must start from an earlier row with runs of its own, but names {row.start_from[0]!r}"
+            )
     cells = {(row.name, column) for row in experiment.rows for column in experiment.columns}
     for ordering in experiment.orderings:
         for cell in (ordering.larger, ordering.smaller):
@@ -276,9 +295,10 @@ def _check(experiment: Experiment, path: Path) -> None:
             if key in {**experiment.shared, **experiment.columns[run.column], **row.settings}:
                 raise refuse(f"`{key}` is set by `fgl compare` itself and must not be given")
         shown = [row.server_round for row in experiment.rows if row.of == run.row and row.server_round is not None]
+        shown += [row.start_from[1] for row in experiment.rows if row.start_from and row.start_from[0] == run.row]
         rounds = run.overrides.get("num-server-rounds", default_run_config()["num-server-rounds"])
         if any(number > int(rounds) for number in shown):
-            raise refuse(f"a row must not show round {max(shown)} of {run.row!r}, which has {rounds}")
+            raise refuse(f"a row must not show or start from round {max(shown)} of {run.row!r}, which has {rounds}")
         try:
             settings_of(run)
         except ConfigError as error:
@@ -286,6 +306,10 @@ def _check(experiment: Experiment, path: Path) -> None:
         if run.name in names:
             raise refuse(f"rows and columns must differ in letters or digits, but two runs are called {run.name!r}")
         names[run.name] = run
+
+
+def _run_name(row: str, column: str, seed: int) -> str:
+    return f"{_slug(row)}--{_slug(column)}--seed-{seed}"
 
 
 def _slug(text: str) -> str:

@@ -70,3 +70,8 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checkpoint_file(run: Path, server_round: int) -> Path:
+    """Return where the run in folder ``run`` keeps the weights after a round."""
+    return run / "checkpoints" / f"round-{server_round:04d}.safetensors"

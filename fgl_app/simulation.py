@@ -20,7 +20,6 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import psutil
 
@@ -43,7 +42,6 @@ def simulate(
     num_clients: int,
     client_cpus: int,
     client_gpus: float,
-    output: TextIO | None = None,
 ) -> None:
     """Run the application with ``num_clients`` simulated clients and wait for its end.
 
@@ -52,7 +50,6 @@ def simulate(
         num_clients: Simulated clients.
         client_cpus: CPU cores per client.
         client_gpus: Share of a GPU per client.
-        output: Where Flower's output goes; standard output if None.
 
     Raises:
         ConfigError: If the configuration is wrong; nothing is started then.
@@ -74,7 +71,7 @@ def simulate(
     ):
         command = ["flwr", "run", str(APP_FOLDER), "fgl", "--stream"]
         command += ["--run-config", run_config, "--federation-config", federation]
-        code, run_id = _stream(command, environment, output or sys.stdout)
+        code, run_id = _stream(command, environment)
         status = _status(run_id, environment) if run_id else "never started"
     if code != 0 or status != "finished:completed":
         raise RunFailedError(
@@ -157,7 +154,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: P
     raise RunFailedError(f"The SuperLink must start within {_START_TIMEOUT_S:g} s, but did not. Its log ends:\n{tail}")
 
 
-def _stream(command: Sequence[str], environment: dict[str, str], output: TextIO) -> tuple[int, str | None]:
+def _stream(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str | None]:
     """Run ``flwr run``, pass its output on, and find the run's id in it."""
     run_id = None
     with subprocess.Popen(
@@ -167,8 +164,8 @@ def _stream(command: Sequence[str], environment: dict[str, str], output: TextIO)
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                output.write(line)
-                output.flush()
+                sys.stdout.write(line)
+                sys.stdout.flush()
                 if run_id is None and (match := re.search(r"[Rr]un (?:ID:? ?)?(\d{6,})", line)):
                     run_id = match[1]
         except BaseException:

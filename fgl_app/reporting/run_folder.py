@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 
 from fgl_app.config import Settings
 from fgl_app.errors import RunFolderError
-from fgl_app.files import read_json_lines, write_atomically, write_json, write_json_lines
+from fgl_app.files import checkpoint_file, read_json_lines, write_atomically, write_json, write_json_lines
 from fgl_app.prompts import MergedPrompts, PromptCount
 
 # A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
@@ -170,7 +170,7 @@ class RunFolder:
         return {int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name)) is not None}
 
     def _checkpoint(self, number: int) -> Path:
-        return self._checkpoints / f"round-{number:04d}.safetensors"
+        return checkpoint_file(self.path, number)
 
     def _memory(self, number: int) -> Path:
         return self._checkpoint(number).with_suffix(".strategy.safetensors")

@@ -83,22 +83,46 @@ def test_a_comparison_runs_what_is_missing_and_writes_table_and_figures(tmp_path
             "FedAvg": {"method": "fedavg", "num-server-rounds": 1},
             "FGL": {"num-server-rounds": 2},
             "One-shot": {"of": "FGL", "round": 1},
+            "Fine-tuned": {"method": "centralized", "num-server-rounds": 1, "start-from": ["FGL", 1]},
         },
         "figures": [{"name": "rounds", "kind": "by-round", "title": "Accuracy per round"}],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
 
-    first = fgl("compare", "small.yaml", "--output-dir", "out", cwd=tmp_path)
+    first = fgl("compare", "small.yaml", "--jobs", 2, "--output-dir", "out", cwd=tmp_path)
     (tmp_path / "out" / "runs" / "fgl--iid--seed-0" / "results.json").unlink()
     second = fgl("compare", "small.yaml", "--output-dir", "out", cwd=tmp_path)
 
-    assert "2 runs, 0 finished, 2 to do" in first
-    assert "2 runs, 1 finished, 1 to do" in second
+    assert "3 runs, 0 finished, 3 to do" in first
+    assert "3 runs, 2 finished, 1 to do" in second
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| FedAvg |" in table
     assert "—" not in table
     assert (tmp_path / "out" / "rounds.png").stat().st_size > 5_000
     assert results(tmp_path / "out" / "runs" / "fgl--iid--seed-0")["synthesis"]["generated"] == 0
+    one_shot, tuned = ("out/runs/" + name for name in ("fgl--iid--seed-0", "fine-tuned--iid--seed-0"))
+    # One epoch more on real images starts where the one-shot model was, and not from random weights.
+    assert (
+        results(tmp_path / tuned)["rounds"][0]["accuracy"] > results(tmp_path / one_shot)["rounds"][0]["accuracy"] - 0.1
+    )
+
+
+def test_a_comparison_names_the_log_of_a_run_that_failed(tmp_path):
+    experiment = {
+        "title": "Fails",
+        "clients": 2,
+        "seeds": [0],
+        "settings": {"dataset": "folder", "class-names": "cat,dog", "connect-timeout-s": 60.0},  # without any folder
+        "columns": {"all": {}},
+        "rows": {"FGL": {}},
+    }
+    (tmp_path / "fails.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
+
+    output = fgl("compare", "fails.yaml", "--output-dir", "out", cwd=tmp_path, expect=1)
+
+    log = tmp_path / "out" / "runs" / "fgl--all--seed-0.log"
+    assert f"Its log is {str(log)!r}" in output
+    assert "2 of 2 failed: The client has no usable images" in log.read_text()
 
 
 def _value(text: str) -> int | float | str:

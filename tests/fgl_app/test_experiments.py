@@ -80,6 +80,35 @@ def test_runs_are_methods_times_conditions_times_seeds(write, tmp_path):
     assert runs[0].name == "fedavg--beta-0.01--seed-0"
 
 
+def test_a_row_can_start_from_the_weights_of_another(write, tmp_path):
+    tuned = {"method": "centralized", "num-server-rounds": 1, "start-from": ["FGL", 1]}
+
+    runs = load_experiment(write(rows={**EXPERIMENT["rows"], "Fine-tuned": tuned})).runs(tmp_path)
+
+    (run,) = (run for run in runs if (run.row, run.column, run.seed) == ("Fine-tuned", "IID", 1))
+    assert run.after == "fgl--iid--seed-1"
+    assert run.overrides["initial-weights"] == str(
+        tmp_path / "runs" / "fgl--iid--seed-1" / "checkpoints" / "round-0001.safetensors"
+    )
+    assert {run.after for run in runs if run.row != "Fine-tuned"} == {None}
+
+
+@pytest.mark.parametrize(
+    ("start", "named"),
+    [
+        ("FGL", "must be \\[ROW, ROUND\\]"),
+        (["One-shot", 1], "earlier row with runs of its own"),
+        (["Fine-tuned", 1], "earlier row with runs of its own"),
+        (["FGL", 9], "start from round 9 of 'FGL', which has 2"),
+    ],
+)
+def test_a_wrong_start_is_refused(write, start, named):
+    tuned = {"method": "centralized", "num-server-rounds": 1, "start-from": start}
+
+    with pytest.raises(ConfigError, match=named):
+        load_experiment(write(rows={**EXPERIMENT["rows"], "Fine-tuned": tuned}))
+
+
 def test_a_cell_is_mean_and_standard_deviation_over_the_seeds(markdown):
     text = markdown(RESULTS)
 
@@ -155,7 +184,7 @@ def test_an_earlier_round_of_a_run_is_read_from_it(write):
         ({"rows": {"A": {"of": "B", "round": 1}}, "figures": [], "orderings": []}, "'A' must be `of`"),
         ({"rows": {"A": {"of": "B"}}, "figures": [], "orderings": []}, "`of` and `round`"),
         ({"rows": {"A": {}, "B": {"of": "A", "round": 0}}, "figures": [], "orderings": []}, "whole number from 1 on"),
-        ({"rows": {"A": {}, "B": {"of": "A", "round": 9}}, "figures": [], "orderings": []}, "must not show round 9"),
+        ({"rows": {"A": {}, "B": {"of": "A", "round": 9}}, "figures": [], "orderings": []}, "must not show or start from round 9"),
         ({"rows": {"A": {"seed": 3}}, "figures": [], "orderings": []}, "`seed` is set by"),
         ({"rows": {"A": {"dirichlet-beta": -1}}, "figures": [], "orderings": []}, "`dirichlet-beta`"),
         ({"rows": {"A": {}, "a": {}}, "figures": [], "orderings": []}, "two runs are called"),
@@ -168,7 +197,13 @@ def test_an_earlier_round_of_a_run_is_read_from_it(write):
 def test_a_wrong_experiment_is_refused_before_anything_runs(write, tmp_path, changes, named):
     with pytest.raises(ConfigError, match=named):
         compare(
-            write(**changes), tmp_path / "out", data_dir=None, client_cpus=1, client_gpus=0.0, say=lambda line: None
+            write(**changes),
+            tmp_path / "out",
+            data_dir=None,
+            jobs=1,
+            client_cpus=1,
+            client_gpus=0.0,
+            say=lambda line: None,
         )
 
     assert not (tmp_path / "out").exists()
