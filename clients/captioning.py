@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -36,7 +37,8 @@ class HubCaptioner:
     Args:
         source: ``tiny`` (shipped), a folder that ``save_pretrained`` wrote, or a hub id.
         revision: Git revision of a hub id; empty for the newest.
-        dtype: ``auto``, ``float32``, ``bfloat16``, ``float16`` or ``4bit`` (needs bitsandbytes, and a GPU to be fast).
+        dtype: ``auto``, ``float32``, ``bfloat16``, ``float16`` or ``4bit`` (weights of 4 bits: by bitsandbytes,
+            which needs a GPU to be fast, or else by torchao, which keeps each in a byte).
         max_new_tokens: Longest caption, tokens.
         device: Where to run the model.
 
@@ -222,10 +224,24 @@ def _read(path: Path) -> dict[str, str]:
     return known
 
 
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _quantization(dtype: str, device: torch.device) -> dict[str, Any]:
     if dtype != "4bit":
         return {}
-    from transformers import BitsAndBytesConfig
+    if _installed("bitsandbytes"):
+        from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    elif _installed("torchao"):
+        from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+        from transformers import TorchAoConfig
+
+        # Its packed format, two values in a byte, needs kernels of its own for each kind of GPU; this runs everywhere.
+        int4 = torch.int4  # type: ignore[attr-defined]  # torch's own annotations lack it
+        config = TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(32)))
+    else:
+        raise ImportError("4 bits need bitsandbytes or torchao. Use for example pip install bitsandbytes.")
     return {"quantization_config": config, "device_map": {"": device}}  # such a model cannot be moved once it is loaded

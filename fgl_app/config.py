@@ -101,7 +101,8 @@ class PromptSettings:
     captioner_revision: str
     """Git revision of a hub id; empty for the newest."""
     captioner_dtype: Literal["auto", "float32", "bfloat16", "float16", "4bit"]
-    """Arithmetic of the captioner; ``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    """Arithmetic of the captioner; ``auto``: bfloat16 on a GPU, float32 on a CPU; ``4bit`` needs bitsandbytes or
+    torchao."""
     captioning_batch_size: int
     """Images captioned at a time."""
     max_new_tokens: int
@@ -134,8 +135,8 @@ class SynthesisSettings:
     """Images drawn per class."""
     prompt_budget: Literal["proportional", "uniform"]
     """How the images of a class are spread over its prompts: by the prompts' counts, or evenly."""
-    scheduler: Literal["own", "ddim", "pndm", "dpm-solver++", "unipc", "euler"]
-    """Solver of the denoising; ``own``: the pipeline's."""
+    scheduler: Literal["card", "own", "ddim", "pndm", "dpm-solver++", "unipc", "euler"]
+    """Solver of the denoising; ``own``: the pipeline's; ``card``: the card's."""
     num_inference_steps: int
     """Denoising steps; 0 for the card's."""
     guidance_scale: float
@@ -143,7 +144,7 @@ class SynthesisSettings:
     negative_prompt: str
     """What the generator is steered away from; may be empty; ``card`` for the card's, by domain."""
     generation_size: int
-    """Side at which images are drawn, px; 0 for the pipeline's own."""
+    """Side at which images are drawn, px; 0 for the card's, or else the pipeline's own."""
     stored_size: int
     """Images larger than this are reduced to it before they are stored, px."""
     synthesis_batch_size: int
@@ -243,6 +244,8 @@ _FROM_CARD: dict[str, tuple[RunConfigValue, RunConfigValue]] = {
     "augmentation": ("card", "crop-flip"),
     "num-inference-steps": (0, 50),
     "guidance-scale": (-1.0, 2.0),
+    "scheduler": ("card", "own"),
+    "generation-size": (0, 0),
 }
 """Keys with the value that leaves them to the card, and the value where the card is silent, too."""
 

@@ -40,10 +40,11 @@ def _bars(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
         means = [100 * mean_and_sd(values)[0] if values else 0.0 for values in cells]
         deviations = [100 * mean_and_sd(values)[1] if values else 0.0 for values in cells]
         places = np.arange(len(figure.columns)) + (number - (len(figure.rows) - 1) / 2) * width
-        axis.bar(
+        bars = axis.bar(
             places, means, width, yerr=deviations, label=row, capsize=2, edgecolor="black", linewidth=0.6,
             color=COLOURS[number % len(COLOURS)], alpha=0.75, hatch=HATCHES[number % len(HATCHES)],
         )  # fmt: skip
+        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
     axis.set_xticks(range(len(figure.columns)), list(figure.columns))
     if figure.x_label:
         axis.set_xlabel(figure.x_label)
@@ -67,13 +68,16 @@ def _curves(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
                 continue
             colour, line, marker = (styles[number % len(styles)] for styles in (COLOURS, LINES, MARKERS))
             x, mean, sd = points.T
-            axis.plot(
-                x, mean, line, color=colour, marker=marker, markersize=4, markevery=max(1, len(x) // 12), label=row
-            )
+            if figure.kind == "by-upload" and not x.any():  # no place on a logarithmic axis: a level to compare with
+                axis.axhline(mean[-1], linestyle=line, color=colour, linewidth=1, label=row)
+                continue
+            # A single point, such as the one-shot model, would hide among the curves that begin in it.
+            shape = {"markersize": 9, "markerfacecolor": "none", "zorder": 5} if len(x) == 1 else {"markersize": 4}
+            axis.plot(x, mean, line, color=colour, marker=marker, markevery=max(1, len(x) // 12), label=row, **shape)
             axis.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+            if figure.kind == "by-upload":
+                axis.set_xscale("log")
         axis.set_xlabel(figure.x_label or _X_LABELS.get(figure.kind, ""))
-        if figure.kind == "by-upload":
-            axis.set_xscale("log")
         if len(panels) > 1:
             axis.set_title(columns[0], fontsize=10)
         axis.grid(alpha=0.3)
@@ -119,7 +123,8 @@ def _x(rounds: Sequence[Mapping[str, Any]], index: int, kind: str) -> float:
 
 def _finish(canvas: Canvas, axis: Axes, figure: Figure, titled: bool = True) -> None:
     axis.set_ylabel("test accuracy, %")
-    axis.set_ylim(0, 100)
+    axis.set_ylim(0, 105)
+    axis.set_yticks(range(0, 101, 20))
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     canvas.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)

@@ -415,6 +415,17 @@ def test_a_card_may_set_only_what_runs_leave_to_it(tmp_path):
         parse_run_config(default_run_config() | {"dataset": str(path)})
 
 
+def test_a_card_says_how_its_images_are_drawn_unless_the_run_does(tmp_path):
+    drawing = {"scheduler": "ddim", "generation-size": 512, "guidance-scale": 3.0, "num-inference-steps": 25}
+    config = default_run_config() | {"dataset": str(write_hub_card(tmp_path, ["cat", "dog"], defaults=drawing))}
+
+    by_card = parse_run_config(config).flat()
+    by_run = parse_run_config(config | {"scheduler": "own", "generation-size": 256}).flat()
+
+    assert {key: by_card[key] for key in drawing} == drawing
+    assert (by_run["scheduler"], by_run["generation-size"], by_run["guidance-scale"]) == ("own", 256, 3.0)
+
+
 def test_a_domain_takes_what_it_does_not_say_from_the_card(tmp_path):
     path = write_hub_card(tmp_path, ["cat", "dog"], domains={"ink": {"negative": "red"}}, columns={"domain": "style"})
 

@@ -17,7 +17,13 @@ def test_defaults_are_valid_and_hold_the_fixed_keys():
 
     assert set(settings.flat()) >= FIXED_KEYS
     # What the defaults leave to the card, the digits' card says.
-    from_card = {"image-size": 16, "augmentation": "crop", "num-inference-steps": 20, "guidance-scale": 1.0}
+    from_card = {
+        "image-size": 16,
+        "augmentation": "crop",
+        "num-inference-steps": 20,
+        "guidance-scale": 1.0,
+        "scheduler": "own",
+    }
     assert settings.flat() == default_run_config() | from_card
 
 

@@ -184,7 +184,10 @@ def test_an_earlier_round_of_a_run_is_read_from_it(write):
         ({"rows": {"A": {"of": "B", "round": 1}}, "figures": [], "orderings": []}, "'A' must be `of`"),
         ({"rows": {"A": {"of": "B"}}, "figures": [], "orderings": []}, "`of` and `round`"),
         ({"rows": {"A": {}, "B": {"of": "A", "round": 0}}, "figures": [], "orderings": []}, "whole number from 1 on"),
-        ({"rows": {"A": {}, "B": {"of": "A", "round": 9}}, "figures": [], "orderings": []}, "must not show or start from round 9"),
+        (
+            {"rows": {"A": {}, "B": {"of": "A", "round": 9}}, "figures": [], "orderings": []},
+            "must not show or start from round 9",
+        ),
         ({"rows": {"A": {"seed": 3}}, "figures": [], "orderings": []}, "`seed` is set by"),
         ({"rows": {"A": {"dirichlet-beta": -1}}, "figures": [], "orderings": []}, "`dirichlet-beta`"),
         ({"rows": {"A": {}, "a": {}}, "figures": [], "orderings": []}, "two runs are called"),
