@@ -33,7 +33,8 @@ def partition_indices(
     min_samples: int,
     seed: int,
 ) -> list[list[int]]:
-    """Divide the indices of a data set over clients; disjoint, and complete but for classes that nobody is given.
+    """Divide the indices of a data set over clients; disjoint. Left out are classes that nobody is given,
+    and what remains when shards are dealt out evenly.
 
     Args:
         labels: Label of each image, length N.

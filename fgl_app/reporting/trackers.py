@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from fgl_app.config import Settings, tracker_names
 from fgl_app.errors import ConfigError
+from fgl_app.files import write_atomically
 
 
 class Tracker(Protocol):
@@ -48,9 +49,10 @@ class WandbTracker:
         import wandb
 
         self._run: Any = wandb.init(
-            project="federated-generative-learning", name=settings.run.run_name, id=settings.run.run_name,
+            project="federated-generative-learning", name=settings.run.run_name, id=_kept_id(folder, "wandb"),
             resume="allow", config=dict(settings.flat()), dir=str(folder),
         )  # fmt: skip
+        _keep_id(folder, "wandb", self._run.id)
 
     def log(self, server_round: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics at the round's number."""
@@ -65,13 +67,16 @@ class MlflowTracker:
     """A run of MLflow; where it goes is said by that library's environment variables."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        """Start a run in the experiment of this application."""
+        """Start a run in the experiment of this application, or resume the one of an earlier start."""
         import mlflow
 
         self._mlflow: Any = mlflow
         mlflow.set_experiment("federated-generative-learning")
-        mlflow.start_run(run_name=settings.run.run_name)
-        mlflow.log_params(dict(settings.flat()))
+        earlier = _kept_id(folder, "mlflow")
+        run = mlflow.start_run(run_id=earlier, run_name=settings.run.run_name)
+        if earlier is None:  # a parameter that was logged cannot be changed
+            mlflow.log_params(dict(settings.flat()))
+            _keep_id(folder, "mlflow", run.info.run_id)
 
     def log(self, server_round: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics at the round's number."""
@@ -87,6 +92,16 @@ _TRACKERS: Mapping[str, tuple[str, Any]] = {
     "wandb": ("wandb", WandbTracker),
     "mlflow": ("mlflow", MlflowTracker),
 }
+
+
+def _kept_id(folder: Path, tracker: str) -> str | None:
+    """Return the tracker's own id of this run, which a second start of the run resumes; None at the first."""
+    path = folder / f"{tracker}-run.txt"
+    return path.read_text("utf-8") if path.exists() else None
+
+
+def _keep_id(folder: Path, tracker: str, run_id: str) -> None:
+    write_atomically(folder / f"{tracker}-run.txt", run_id.encode())
 
 
 def open_trackers(settings: Settings, folder: Path | None) -> list[Tracker]:

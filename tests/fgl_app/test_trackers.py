@@ -1,5 +1,6 @@
 import sys
 
+import mlflow
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,6 +20,22 @@ def test_tensorboard_receives_every_metric_of_every_round(run_config, tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("accuracy")] == [(1, 0.25), (2, 0.5)]
     assert {"accuracy", "loss"} <= set(events.Tags()["scalars"])
+
+
+def test_mlflow_goes_on_with_its_run_after_a_restart(run_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder instead of a server or a database
+
+    for number, rounds in ((1, 5), (2, 8)):  # the second start asks for more rounds
+        settings = parse_run_config(run_config | {"trackers": "mlflow", "num-server-rounds": rounds})
+        (tracker,) = open_trackers(settings, tmp_path)
+        tracker.log(number, {"accuracy": number / 4})
+        tracker.close()
+
+    (run,) = mlflow.search_runs(experiment_names=["federated-generative-learning"], output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "accuracy")
+    assert [(item.step, item.value) for item in history] == [(1, 0.25), (2, 0.5)]
+    assert run.data.params["num-server-rounds"] == "5"
 
 
 def test_an_unknown_tracker_is_refused(run_config):
