@@ -4,6 +4,7 @@ import torchvision
 from flwr.app import ArrayRecord
 from safetensors.torch import save_file
 from torch import nn
+from torchvision import transforms
 
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError, ModelError
@@ -92,7 +93,9 @@ def test_a_last_batch_of_one_image_trains():
 def test_the_loss_is_the_mean_over_images():
     model = build_model("resnet18", 2, 8, seed=0)
     data = two_classes(3)
-    logits = model.eval()(data.images.float() / 127.5 - 1)
+    # As torchvision normalizes for its pretrained weights.
+    pixels = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(data.images.float() / 255)
+    logits = model.eval()(pixels)
 
     expected = nn.functional.cross_entropy(logits, data.labels).item()
 
