@@ -33,8 +33,10 @@ def partition_indices(
     min_samples: int,
     seed: int,
 ) -> list[list[int]]:
-    """Divide the indices of a data set over clients; disjoint. Left out are classes that nobody is given,
-    and what remains when shards are dealt out evenly.
+    """Divide the indices of a data set over clients.
+
+    No two clients share an image. Left out are classes that nobody is given, and what remains when shards are dealt
+    out evenly.
 
     Args:
         labels: Label of each image, length N.
