@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.app
 	$(BIN)/fgl run
 
+# One process per core, one thread each: the tests' models are too small for more.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

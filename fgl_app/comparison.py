@@ -98,7 +98,7 @@ def _run_all(runs: Sequence[Run], folder: Path, options: Sequence[str], jobs: in
         FGLError: If one fails; the others that run are then stopped.
     """
     waiting, active = list(runs), dict[str, tuple[Run, subprocess.Popen[bytes], float]]()
-    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         while waiting or active:

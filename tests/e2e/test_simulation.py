@@ -1,5 +1,6 @@
 """Real `flwr run`s of the shipped models: real processes, real messages, real files."""
 
+import contextlib
 import json
 import os
 import signal
@@ -24,12 +25,13 @@ FAST = (
 )
 
 
-def flower_processes() -> set[str]:
-    names = ("flower-superlink", "flower-superexec", "flwr-simulation", "raylet", "fgl_app.synthesis.worker")
-    running = set()
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        running |= {f"{process.pid} {name}" for name in names if name in line}
+def left_behind(folder: Path) -> list[str]:
+    """Command lines of the running processes that have `folder` in their environment, as all of a run's have."""
+    running = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("FGL_TEST_FOLDER") == str(folder):
+                running.append(" ".join(process.cmdline()))
     return running
 
 
@@ -37,17 +39,18 @@ def flower_processes() -> set[str]:
 def first_run(tmp_path_factory):
     """One run of the whole method, and the processes that it left behind."""
     folder = tmp_path_factory.mktemp("out")
-    before = flower_processes()
-    output = fgl("run", *FAST, f"output-dir={folder}", "run-name=a", "--clients", "3", cwd=folder)
-    return folder, output, flower_processes() - before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "FGL_TEST_FOLDER", str(folder))
+        output = fgl("run", *FAST, f"output-dir={folder}", "run-name=a", "--clients", "3", cwd=folder)
+    return folder, output, left_behind(folder)
 
 
 def test_the_method_runs_from_prompts_to_results(first_run):
-    folder, output, left_behind = first_run
+    folder, output, still_running = first_run
     run = folder / "a"
     found = results(run)
 
-    assert left_behind == set()
+    assert still_running == []
     assert str(run) in output
     assert "image/s" in output
     assert [(row["round"], row["phase"]) for row in found["rounds"]] == [(1, "one-shot"), (2, "federated")]
@@ -94,16 +97,17 @@ def test_a_name_that_was_used_with_other_settings_is_refused(first_run):
 
 
 def test_a_terminated_run_stops_everything_and_is_resumed(tmp_path):
-    before = flower_processes()
+    environment = ENVIRONMENT | {"FGL_TEST_FOLDER": str(tmp_path)}
     names = (f"output-dir={tmp_path}", "run-name=stopped", "--clients", "2")
-    with subprocess.Popen(["fgl", "run", *FAST, *names], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(["fgl", "run", *FAST, *names], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        assert left_behind(tmp_path)  # the check can fail
         for line in process.stdout:
             if "round 1 (one-shot)" in line:
                 process.send_signal(signal.SIGTERM)
                 break
         assert process.wait(60) == 128 + signal.SIGTERM
-    assert flower_processes() - before == set()
+    assert left_behind(tmp_path) == []
 
     fgl("run", *FAST, *names, cwd=tmp_path)
 
