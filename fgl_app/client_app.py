@@ -15,7 +15,7 @@ from torch import nn
 
 from clients.local_training import evaluate_held_out, train_locally
 from clients.prompting import Captioner, write_prompts
-from fgl_app.config import Settings, parse_run_config
+from fgl_app.config import parse_run_config
 from fgl_app.data.sources import ClientData, load_client_data
 from fgl_app.errors import DataError, FGLError
 from fgl_app.models import build_model, from_arrays, to_arrays
@@ -34,6 +34,7 @@ from fgl_app.records import (
     prompts_reply,
 )
 from fgl_app.rng import torch_generator
+from fgl_app.settings import Settings
 from fgl_app.training import pick_device
 
 Handler = Callable[[Message, Settings, Context], RecordDict]

@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from fgl_app.config import RunConfigValue, Settings, default_run_config, parse_run_config
+from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.errors import ConfigError
 from fgl_app.files import checkpoint_file
+from fgl_app.settings import RunConfigValue, Settings
 
 Measure = Literal["final_accuracy", "selected_accuracy", "paper_metric"]
 FigureKind = Literal["bars", "by-round", "by-upload", "by-seconds", "by-column"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 
 from flwr.app import ArrayRecord
@@ -14,13 +14,13 @@ from flwr.common.logger import log
 from torch import nn
 
 from fgl_app import tiny
-from fgl_app.config import Settings
 from fgl_app.data.images import HeldOut, ImageSet, resize
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
 from fgl_app.prompts import MergedPrompts, spread_budget
 from fgl_app.prompts.expansion import LanguageModelWriter, expand, templates_writer
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.rng import torch_generator
+from fgl_app.settings import Settings
 from fgl_app.synthesis.launch import SynthesisReport, synthesize
 from fgl_app.synthesis.plan import CPU_BATCH_SIZE, DrawSettings, Plan
 from fgl_app.training import Evaluation, evaluate, pick_device, train
@@ -112,9 +112,14 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
         DrawSettings(
             generator=chosen.generator,
             generator_revision=tiny.folder_of(tiny.DIFFUSION).name if shipped else chosen.generator_revision,
+            lora=chosen.lora,
+            decoder=chosen.decoder,
             scheduler=chosen.scheduler,
             num_inference_steps=chosen.num_inference_steps,
             guidance_scale=chosen.guidance_scale,
+            guidance_start=chosen.guidance_start,
+            guidance_stop=chosen.guidance_stop,
+            deep_cache_interval=chosen.deep_cache_interval,
             generation_size=chosen.generation_size,
             stored_size=chosen.stored_size,
             seed=settings.run.seed,
@@ -127,11 +132,21 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
     )
 
 
-def draw_synthetic_set(plan: Plan, folder: RunFolder, image_size: int) -> tuple[ImageSet, SynthesisReport]:
+def draw_synthetic_set(settings: Settings, plan: Plan, folder: RunFolder) -> tuple[ImageSet, SynthesisReport]:
     """Draw what is missing and return the synthetic set at the classifier's image size."""
-    images, report = synthesize(plan, folder.synthetic, folder.path, lambda line: log(INFO, "%s", line))
+    images, report = synthesize(
+        plan,
+        folder.synthetic,
+        folder.path,
+        lambda line: log(INFO, "%s", line),
+        num_workers=settings.synthesis.synthesis_workers,
+        ray_address=settings.synthesis.ray_address,
+        wait_s=settings.synthesis.synthesis_wait_s,
+    )
     log(INFO, "synthesis: %s images, %s drawn now, %s reused", report.images, report.generated, report.reused)
-    return ImageSet(resize(images.images, image_size), images.labels), report
+    if report.quarantined:
+        log(WARNING, "synthesis: %s images could not be drawn and are left out", report.quarantined)
+    return ImageSet(resize(images.images, settings.data.image_size), images.labels), report
 
 
 def train_on_server(

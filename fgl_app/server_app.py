@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from sklearn.metrics import confusion_matrix
 
 from fgl_app import tiny
-from fgl_app.config import Settings, parse_run_config
+from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import client_rows, load_held_out, load_split
 from fgl_app.errors import ConfigError, FGLError, RoundError
@@ -39,7 +39,8 @@ from fgl_app.prompts import MergedPrompts
 from fgl_app.reporting.results import summarize
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.reporting.trackers import Tracker, open_trackers
-from fgl_app.store import UnitStore
+from fgl_app.settings import Settings
+from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.launch import SynthesisReport
 from fgl_app.training import Evaluation, accuracy_by_domain, check_device
 from strategies import FGL, CheckedRounds
@@ -78,6 +79,12 @@ def check_settings(settings: Settings) -> Settings:
         check_model_source(
             "generator", synthesis.generator, synthesis.generator_revision, "model_index.json", tiny.DIFFUSION
         )
+        for key, value, marker in (
+            ("lora", synthesis.lora, "pytorch_lora_weights.safetensors"),
+            ("decoder", synthesis.decoder, "config.json"),
+        ):
+            if value:
+                check_model_source(key, value, "", marker)
         # A folder with a captioner lies on the clients, which check it themselves.
         asked = not settings.prompts_from_server and prompts.prompt_level != "class"
         if asked and not prompts.captioner.startswith(("/", "~")):
@@ -259,8 +266,9 @@ class Session:
     def _synthesize(self, merged: MergedPrompts) -> ImageSet:
         plan = draw_plan(self.settings, merged, self.folder.embeddings)
         with self.stopwatch.measure("synthesis"):
-            images, self.synthesis = draw_synthetic_set(plan, self.folder, self.settings.data.image_size)
-        self.store_hash = UnitStore(self.folder.synthetic).content_hash([unit.unit_id for unit in plan.units()])
+            images, self.synthesis = draw_synthetic_set(self.settings, plan, self.folder)
+        store = UnitStore(self.folder.synthetic, plan.settings.digest())
+        self.store_hash = store.content_hash(as_ids(sample.sample_id for sample in plan.samples()))
         return images
 
     def _pretrain(self, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:

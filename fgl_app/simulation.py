@@ -24,10 +24,11 @@ from pathlib import Path
 import psutil
 
 from fgl_app import tiny
-from fgl_app.config import APP_FOLDER, RunConfigValue, default_run_config, parse_run_config
+from fgl_app.config import APP_FOLDER, default_run_config, parse_run_config
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.foundation_models import check_model_source
 from fgl_app.server_app import check_settings
+from fgl_app.settings import RunConfigValue
 
 _START_TIMEOUT_S = 60.0
 

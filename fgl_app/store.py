@@ -1,97 +1,280 @@
-"""The store of synthetic images: one immutable, checksummed file per unit of work, committed atomically.
+"""The store of synthetic images: immutable, checksummed files that many processes may write, found by image.
 
-``units/<unit_id>.safetensors`` holds the images, ``units/<unit_id>.json`` its manifest. A unit exists if and only if
-its manifest exists and matches the file, so a crash at any moment leaves whole units only.
+``units/SETTINGS/UNIT.safetensors`` holds the images of a unit, ``UNIT.json`` beside it its manifest, with the
+identity of every image. A unit exists if and only if its manifest exists and matches the file, so a crash at any moment
+leaves whole units only. SETTINGS is a hash of all that the images depend on besides their prompts.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import SynthesisError
 from fgl_app.files import sha256, write_atomically, write_json
 
+Ids = npt.NDArray[np.bytes_]
+"""Identities of images, ``S16 [N]``."""
+
+
+def as_ids(sample_ids: Iterable[bytes]) -> Ids:
+    """Put identities of 16 bytes into an array."""
+    return np.frombuffer(b"".join(sample_ids), dtype="S16")
+
+
+class DamagedUnitsError(SynthesisError):
+    """Files of the store are not what their manifests say."""
+
+    def __init__(self, folder: Path, units: Sequence[str]) -> None:
+        """Name the units."""
+        self.units = list(units)
+        super().__init__(
+            f"The store {str(folder)!r} must hold what its manifests say, but is damaged at unit "
+            f"{', '.join(self.units[:3])}{' and others' if len(self.units) > 3 else ''}. Start the run again with the "
+            "same `run-name`, or repair it with `fgl store verify --repair`; what is missing is drawn again."
+        )
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Where each image of a store lies."""
+
+    units: tuple[str, ...]
+    """Names of the committed units."""
+    manifests: Mapping[str, Mapping[str, Any]]
+    """The units' manifests, without the identities."""
+    ids: Ids
+    """Identities of all images, sorted."""
+    unit: npt.NDArray[np.int32]
+    """Number of the unit of each of ``ids``; several units may hold the same image, of which one is named."""
+    row: npt.NDArray[np.int32]
+    """Row of each of ``ids`` in its unit; -1 where no sound image could be drawn."""
+
+    def find(self, wanted: Ids) -> npt.NDArray[np.int64]:
+        """Return the position in :attr:`ids` of each identity, -1 where the store lacks it."""
+        if len(self.ids) == 0:
+            return np.full(len(wanted), -1)
+        at = np.minimum(np.searchsorted(self.ids, wanted), len(self.ids) - 1)
+        return np.where(self.ids[at] == wanted, at, -1)
+
+    def holds(self, wanted: Ids) -> npt.NDArray[np.bool_]:
+        """Return for each identity whether the store has settled it: drawn, or found impossible to draw."""
+        return np.asarray(self.find(wanted) >= 0)
+
+    def seconds(self, wanted: Ids) -> float:
+        """Return how long it took to draw those of the images that the store holds, s."""
+        at = self.find(wanted)
+        numbers, counts = np.unique(self.unit[at[at >= 0]], return_counts=True)
+        return sum(
+            float(manifest.get("seconds", 0.0)) * int(count) / max(1, int(manifest["num_images"]))
+            for count, manifest in (
+                (count, self.manifests[self.units[number]]) for number, count in zip(numbers, counts, strict=True)
+            )
+        )
+
 
 class UnitStore:
-    """Units of synthetic images below one folder; many processes may write to it."""
+    """Units of synthetic images of one choice of settings; many processes may write to it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open the store at ``folder``, which is made if absent."""
+    def __init__(self, folder: Path, settings_digest: str) -> None:
+        """Open the store at ``folder``; folders are made when something is committed."""
         self.folder = folder
-        self._units = folder / "units"
-        self._units.mkdir(parents=True, exist_ok=True)
+        self.units_folder = folder / "units" / settings_digest[:16]
 
     def commit(self, unit_id: str, tensors: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]) -> None:
-        """Write one unit: the images first, then the manifest that makes it exist.
+        """Write one unit: the images first, then the manifest that makes it exist. A unit that exists is left alone.
 
         Args:
             unit_id: Name of the unit, hexadecimal.
             tensors: ``image`` uint8 ``[N, 3, H, W]``, ``label`` int64 ``[N]``, ``seed`` int64 ``[N]``, ``sample_id``
                 uint8 ``[N, 16]``.
-            provenance: What drew the unit, and in how many ``seconds``: generator, settings, versions.
-        """
-        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        write_atomically(self._tensors_path(unit_id), content)
-        manifest = {"unit_id": unit_id, "sha256": sha256(content), "num_images": len(tensors["label"]), **provenance}
-        write_json(self._manifest_path(unit_id), manifest)
-
-    def has(self, unit_id: str) -> bool:
-        """Return whether the unit is committed and its file is what the manifest says."""
-        manifest = self._manifest(unit_id)
-        if manifest is None:
-            return False
-        try:
-            return bool(sha256(self._tensors_path(unit_id).read_bytes()) == manifest["sha256"])
-        except OSError:
-            return False
-
-    def read(self, unit_ids: Sequence[str]) -> ImageSet:
-        """Read the images and labels of committed units, in the order given.
+            provenance: What drew the unit, in how many ``seconds``; ``quarantined`` lists the identities,
+                hexadecimal, of which no sound image could be drawn.
 
         Raises:
-            SynthesisError: If a unit is absent or damaged.
+            SynthesisError: If the files cannot be written; nothing is left of them.
         """
-        images, labels = [], []
-        for unit_id in unit_ids:
-            if not self.has(unit_id):
-                raise SynthesisError(
-                    f"The store {str(self.folder)!r} must hold unit {unit_id}, but it is absent or damaged. "
-                    "Start the run again with the same `run-name`; it draws what is missing."
-                )
-            tensors = load(self._tensors_path(unit_id).read_bytes())
-            images.append(tensors["image"])
-            labels.append(tensors["label"])
-        return ImageSet(torch.cat(images), torch.cat(labels))
-
-    def content_hash(self, unit_ids: Sequence[str]) -> str:
-        """SHA-256 over the ids and file checksums of committed units, in the order of their ids."""
-        digest = hashlib.sha256()
-        for unit_id in sorted(unit_ids):
-            manifest = self._manifest(unit_id)
-            digest.update(f"{unit_id}:{manifest['sha256'] if manifest else 'absent'}\n".encode())
-        return digest.hexdigest()
-
-    def seconds(self, unit_ids: Sequence[str]) -> float:
-        """Return how long it took to draw committed units, s."""
-        return sum(float((self._manifest(unit_id) or {}).get("seconds", 0.0)) for unit_id in unit_ids)
-
-    def _manifest(self, unit_id: str) -> dict[str, Any] | None:
+        if self.has(unit_id):
+            return
+        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        manifest = {
+            "unit_id": unit_id,
+            "sha256": sha256(content),
+            "num_bytes": len(content),
+            "num_images": len(tensors["label"]),
+            "sample_ids": tensors["sample_id"].numpy().tobytes().hex(),
+            **provenance,
+        }
         try:
-            manifest: dict[str, Any] = json.loads(self._manifest_path(unit_id).read_text("utf-8"))
-        except (OSError, ValueError):
+            self.units_folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._tensors_path(unit_id), content)
+            write_json(self._manifest_path(unit_id), manifest)
+        except OSError as error:
+            raise SynthesisError(
+                f"The store {str(self.folder)!r} must be writable and have room, but a unit of {len(content):,} bytes "
+                f"cannot be written ({error.strerror}). Make room and start the run again with the same `run-name`."
+            ) from None
+
+    def has(self, unit_id: str) -> bool:
+        """Return whether a unit is committed; whether it is sound is seen when it is read."""
+        return self._manifest_path(unit_id).exists()
+
+    def index(self) -> SampleIndex:
+        """Read all manifests. Those that are damaged, or whose file is absent or of another size, are left out."""
+        manifests: dict[str, dict[str, Any]] = {}
+        ids: list[bytes] = []
+        units: list[npt.NDArray[np.int32]] = []
+        rows: list[npt.NDArray[np.int32]] = []
+        for number, (unit_id, manifest) in enumerate(self._manifests()):
+            drawn, failed = bytes.fromhex(manifest.pop("sample_ids")), bytes.fromhex("".join(manifest["quarantined"]))
+            manifests[unit_id] = manifest
+            ids.append(drawn + failed)
+            units.append(np.full(len(ids[-1]) // 16, number, np.int32))
+            rows.append(np.concatenate([np.arange(len(drawn) // 16), np.full(len(failed) // 16, -1)]).astype(np.int32))
+        if not manifests:
+            nothing = np.zeros(0, np.int32)
+            return SampleIndex((), {}, as_ids([]), nothing, nothing)
+        every = as_ids(ids)
+        sorted_ids, first = np.unique(every, return_index=True)
+        return SampleIndex(
+            tuple(manifests), manifests, sorted_ids, np.concatenate(units)[first], np.concatenate(rows)[first]
+        )
+
+    def read(self, wanted: Ids, index: SampleIndex | None = None) -> ImageSet:
+        """Read images and labels, in the order asked for, and check every file that is read against its checksum.
+
+        Args:
+            wanted: Identities; those of which no sound image could be drawn are left out of the result.
+            index: What :meth:`index` returned; None reads it anew.
+
+        Raises:
+            DamagedUnitsError: If files are not what their manifests say.
+            SynthesisError: If an image is absent.
+        """
+        index = index or self.index()
+        at = index.find(wanted)
+        if (at < 0).any():
+            raise SynthesisError(
+                f"The store {str(self.folder)!r} must hold every image of the plan, but lacks {int((at < 0).sum()):,} "
+                f"of {len(wanted):,}. Start the run again with the same `run-name`; it draws what is missing."
+            )
+        at = at[index.row[at] >= 0]
+        images: torch.Tensor | None = None
+        labels = torch.zeros(len(at), dtype=torch.int64)
+        damaged = []
+        for unit_id, places in _by_unit(index, at):
+            rows = index.row[at[places]]
+            tensors = self._load(unit_id, index.manifests[unit_id])
+            if tensors is None or tensors["sample_id"][rows].numpy().tobytes() != index.ids[at[places]].tobytes():
+                damaged.append(unit_id)
+                continue
+            if images is None:
+                images = torch.zeros(len(at), *tensors["image"].shape[1:], dtype=torch.uint8)
+            images[places] = tensors["image"][rows]
+            labels[places] = tensors["label"][rows]
+        if damaged:
+            raise DamagedUnitsError(self.folder, damaged)
+        return ImageSet(torch.zeros(0, 3, 1, 1, dtype=torch.uint8) if images is None else images, labels)
+
+    def discard(self, unit_ids: Iterable[str]) -> None:
+        """Remove units, so that their images are drawn again; the manifest goes first."""
+        for unit_id in unit_ids:
+            self._manifest_path(unit_id).unlink(missing_ok=True)
+            self._tensors_path(unit_id).unlink(missing_ok=True)
+
+    def adopt(self, other: UnitStore, wanted: Ids) -> None:
+        """Take over the units of another store that hold wanted images which this one lacks, as hard links.
+
+        Where files cannot be linked, on another file system, nothing is taken over.
+        """
+        index = other.index()
+        at = index.find(wanted[~self.index().holds(wanted)])
+        for number in np.unique(index.unit[at[at >= 0]]):
+            unit_id = index.units[number]
+            try:
+                self.units_folder.mkdir(parents=True, exist_ok=True)
+                for source, target in (
+                    (other._tensors_path(unit_id), self._tensors_path(unit_id)),
+                    (other._manifest_path(unit_id), self._manifest_path(unit_id)),
+                ):
+                    if not target.exists():
+                        os.link(source, target)
+            except OSError:
+                return
+
+    def content_hash(self, wanted: Ids) -> str:
+        """Return the SHA-256 over identities and pixels of images, in the order of their identities.
+
+        It does not depend on how the images are divided into units.
+
+        Raises:
+            DamagedUnitsError: As :meth:`read`.
+        """
+        index = self.index()
+        pixels: dict[bytes, bytes] = {}
+        at = index.find(np.unique(wanted))
+        for _, places in _by_unit(index, at[at >= 0]):
+            of_unit = index.ids[at[places]]
+            images = self.read(of_unit, index).images.numpy()
+            drawn = index.row[at[places]] >= 0
+            each = of_unit[drawn].view("V16")
+            pixels |= {key.tobytes(): sha256(image.tobytes()).encode() for key, image in zip(each, images, strict=True)}
+        return sha256(b"".join(key + pixels[key] for key in sorted(pixels)))
+
+    def _load(self, unit_id: str, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+        """Return the tensors of a unit, or None if its file is not what the manifest says."""
+        try:
+            content = self._tensors_path(unit_id).read_bytes()
+            return load(content) if sha256(content) == manifest["sha256"] else None
+        except (OSError, SafetensorError):
             return None
-        return manifest if isinstance(manifest, dict) and "sha256" in manifest else None
+
+    def _manifests(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the sound manifests in the order of their names."""
+        try:
+            entries = {entry.name: entry.stat().st_size for entry in os.scandir(self.units_folder)}
+        except OSError:
+            return
+        for name in sorted(entries):
+            unit_id, dot, extension = name.partition(".")
+            if dot + extension != ".json":
+                continue
+            try:
+                manifest = json.loads((self.units_folder / name).read_text("utf-8"))
+                sound = (
+                    manifest["unit_id"] == unit_id
+                    and manifest["num_bytes"] == entries.get(f"{unit_id}.safetensors")
+                    and len(bytes.fromhex(manifest["sample_ids"])) == 16 * manifest["num_images"]
+                    and all(len(bytes.fromhex(each)) == 16 for each in manifest.setdefault("quarantined", []))
+                    and isinstance(manifest["sha256"], str)
+                )
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if sound:
+                yield unit_id, manifest
 
     def _tensors_path(self, unit_id: str) -> Path:
-        return self._units / f"{unit_id}.safetensors"
+        return self.units_folder / f"{unit_id}.safetensors"
 
     def _manifest_path(self, unit_id: str) -> Path:
-        return self._units / f"{unit_id}.json"
+        return self.units_folder / f"{unit_id}.json"
+
+
+def _by_unit(index: SampleIndex, at: npt.NDArray[np.int64]) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Group positions of an index by unit: name of the unit, places in ``at``."""
+    numbers = index.unit[at]
+    order = np.argsort(numbers, kind="stable")
+    for places in np.split(order, np.nonzero(np.diff(numbers[order]))[0] + 1):
+        if len(places):
+            yield index.units[numbers[places[0]]], places

@@ -13,7 +13,8 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fgl_app.config import RunConfigValue, Settings, default_run_config, parse_run_config
+from fgl_app.config import default_run_config, parse_run_config
+from fgl_app.settings import RunConfigValue, Settings
 
 SMALL = {
     "image-size": 8,

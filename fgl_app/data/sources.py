@@ -11,13 +11,13 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from fgl_app.cards import Card
-from fgl_app.config import DataSettings, RunConfigValue
 from fgl_app.data.division import divide
 from fgl_app.data.folder import class_folders, load_folder, split_folder
 from fgl_app.data.images import HeldOut, ImageSet, to_pixels
 from fgl_app.data.partition import partition_indices
 from fgl_app.data.readers import Part, open_part
 from fgl_app.errors import DataError
+from fgl_app.settings import DataSettings, RunConfigValue
 
 
 @dataclass(frozen=True)

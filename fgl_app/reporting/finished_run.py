@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fgl_app.config import Settings, parse_run_config
+from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet, resize
 from fgl_app.data.readers import open_part
 from fgl_app.data.sources import client_rows, load_split
-from fgl_app.errors import ConfigError, DataError, RunFolderError, SynthesisError
+from fgl_app.errors import ConfigError, DataError, RunFolderError
 from fgl_app.files import read_json_lines
 from fgl_app.prompts import PromptCount
 from fgl_app.reporting.figures import spread
-from fgl_app.store import UnitStore
+from fgl_app.settings import Settings
+from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan
 
 _NEEDED = (
@@ -132,23 +131,17 @@ def synthetic_images(run: FinishedRun, num_classes: int, per_class: int, max_siz
     Raises:
         SynthesisError: If the plan or the store is absent or damaged.
     """
-    places: list[list[tuple[str, int]]] = [[] for _ in range(num_classes)]
-    for unit in Plan.load(run.path / "plan.json").units():
-        for row, sample in enumerate(unit.samples):
-            if sample.label < num_classes:
-                places[sample.label].append((unit.unit_id, row))
-    rows: dict[str, list[int]] = {}
-    for unit_id, row in (place for of_class in places for place in spread(of_class, per_class)):
-        rows.setdefault(unit_id, []).append(row)
+    plan = Plan.load(run.path / "plan.json")
+    of_classes: list[list[bytes]] = [[] for _ in range(num_classes)]
+    for sample in plan.samples():
+        if sample.label < num_classes:
+            of_classes[sample.label].append(sample.sample_id)
     elsewhere = str(run.config["run_config"].get("store-dir", ""))
     folder = Path(elsewhere).expanduser() if elsewhere else run.path / "synthetic"
-    if not folder.is_dir() or not rows:  # opening a store would make its folder
-        raise SynthesisError(f"The store {str(folder)!r} must hold the images of the run, but does not exist.")
-    store = UnitStore(folder)
-    chosen = [store.read([unit_id]).take(of_unit) for unit_id, of_unit in rows.items()]
-    images = torch.cat([data.images for data in chosen])
-    size = min(images.shape[-1], max_size_px)
-    return ImageSet(resize(images, size), torch.cat([data.labels for data in chosen]))
+    store = UnitStore(folder, plan.settings.digest())
+    chosen = store.read(as_ids(sample_id for of_class in of_classes for sample_id in spread(of_class, per_class)))
+    size = min(chosen.images.shape[-1], max_size_px)
+    return ImageSet(resize(chosen.images, size), chosen.labels)
 
 
 def held_out_images(run: FinishedRun, size_px: int) -> ImageSet:

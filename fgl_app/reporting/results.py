@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fgl_app.config import Settings
+from fgl_app.settings import Settings
 from fgl_app.synthesis.launch import SynthesisReport
 
 
@@ -71,6 +71,7 @@ def summarize(
             "images": synthesis.images,
             "generated": synthesis.generated,
             "reused": synthesis.reused,
+            "quarantined": synthesis.quarantined,
             "seconds": round(synthesis.seconds, 3),
             "reused_seconds": round(synthesis.reused_seconds, 3),
             "images_per_second": round(synthesis.images_per_second, 3),

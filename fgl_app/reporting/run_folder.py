@@ -16,15 +16,16 @@ import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import load, save
 
-from fgl_app.config import Settings
 from fgl_app.errors import RunFolderError
 from fgl_app.files import checkpoint_file, read_json_lines, write_atomically, write_json, write_json_lines
 from fgl_app.prompts import MergedPrompts, PromptCount
+from fgl_app.settings import Settings
 
 # A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
 _FREE_KEYS = {
     "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-batch-size",
-    "captioning-batch-size", "connect-timeout-s", "round-timeout-s", "data-dir",
+    "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "connect-timeout-s",
+    "round-timeout-s", "data-dir",
 }  # fmt: skip
 IDENTITIES = ("card", "generator", "captioner")
 """What is known by its content: a run does not go on, nor counts in a comparison, with another."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fgl_app.config import Settings, tracker_names
 from fgl_app.errors import ConfigError
 from fgl_app.files import write_atomically
+from fgl_app.settings import Settings, tracker_names
 
 
 class Tracker(Protocol):

@@ -15,10 +15,13 @@ from typing import IO, TextIO
 from fgl_app.config import APP_FOLDER
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import SynthesisError
-from fgl_app.store import UnitStore
+from fgl_app.store import DamagedUnitsError, Ids, UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan
 
 _PROGRESS_INTERVAL_S = 5.0
+_POLL_S = 2.0
+_READ_ATTEMPTS = 3
+"""Times that damaged units are drawn again before the disk is blamed."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class SynthesisReport:
     """Images drawn now."""
     reused: int
     """Images that the store held already."""
+    quarantined: int
+    """Images of the plan that could not be drawn: their pixels were no numbers."""
     seconds: float
     """Wall-clock seconds, start of the worker included."""
     reused_seconds: float
@@ -43,35 +48,93 @@ class SynthesisReport:
 
 
 def synthesize(
-    plan: Plan, folder: Path, run_folder: Path, report_progress: Callable[[str], None]
+    plan: Plan,
+    folder: Path,
+    run_folder: Path,
+    report_progress: Callable[[str], None],
+    *,
+    num_workers: int = 0,
+    ray_address: str = "",
+    wait_s: float = 0.0,
 ) -> tuple[ImageSet, SynthesisReport]:
-    """Have a worker process draw what the store lacks, and read the whole set.
+    """Have the store filled with what it lacks, and read the whole set.
 
     Args:
         plan: What to draw.
         folder: The store.
         run_folder: Where the plan and the worker's log are written.
         report_progress: Called with a line of progress every few seconds; it names no prompt.
+        num_workers: Actors of Ray that draw; 0 is one worker process without Ray.
+        ray_address: Of a cluster; empty for actors on this machine.
+        wait_s: If positive, start no worker, but wait until ``fgl synthesize``, started elsewhere, has filled the
+            store; give up when nothing was added for so many seconds.
 
     Raises:
         SynthesisError: If the worker fails; the units it committed stay and are reused.
     """
-    store = UnitStore(folder)
+    store = UnitStore(folder, plan.settings.digest())
     plan.save(run_folder / "plan.json")
-    units = plan.units()
-    total = sum(len(unit.samples) for unit in units)
-    held = [unit for unit in units if store.has(unit.unit_id)]
-    missing = total - sum(len(unit.samples) for unit in held)
-    reused_seconds = store.seconds([unit.unit_id for unit in held])
+    wanted = as_ids(sample.sample_id for sample in plan.samples())
+    _adopt_from_neighbours(store, run_folder, wanted)
+    index = store.index()
+    missing = int((~index.holds(wanted)).sum())
+    reused_seconds = index.seconds(wanted)
     started = time.monotonic()
-    if missing:
-        _run_worker(run_folder / "plan.json", folder, report_progress)
-    images = store.read([unit.unit_id for unit in units])
-    return images, SynthesisReport(total, missing, total - missing, time.monotonic() - started, reused_seconds)
+    for attempt in range(_READ_ATTEMPTS):
+        if missing or attempt:
+            if wait_s > 0:
+                _wait(store, wanted, wait_s, report_progress)
+            else:
+                _run_worker(run_folder / "plan.json", folder, num_workers, ray_address, report_progress)
+        try:
+            images = store.read(wanted)
+            break
+        except DamagedUnitsError as damaged:
+            if attempt + 1 == _READ_ATTEMPTS:
+                raise
+            report_progress(f"synthesis: drawing again, because damaged: {', '.join(damaged.units)}")
+            before = int(store.index().holds(wanted).sum())
+            store.discard(damaged.units)
+            missing += before - int(store.index().holds(wanted).sum())
+    return images, SynthesisReport(
+        len(wanted),
+        missing,
+        len(wanted) - missing,
+        len(wanted) - len(images),
+        time.monotonic() - started,
+        reused_seconds,
+    )
 
 
-def _run_worker(plan: Path, folder: Path, report_progress: Callable[[str], None]) -> None:
+def _adopt_from_neighbours(store: UnitStore, run_folder: Path, wanted: Ids) -> None:
+    """Link what other runs of the same output folder have drawn with the same settings."""
+    for neighbour in sorted(run_folder.parent.glob("*/synthetic")):
+        other = UnitStore(neighbour, store.units_folder.name)
+        if other.units_folder != store.units_folder and other.units_folder.is_dir():
+            store.adopt(other, wanted)
+
+
+def _wait(store: UnitStore, wanted: Ids, wait_s: float, report_progress: Callable[[str], None]) -> None:
+    held, changed = -1, time.monotonic()
+    while held < len(wanted):
+        now = int(store.index().holds(wanted).sum())
+        if now != held:
+            held, changed = now, time.monotonic()
+            report_progress(f"synthesis: waiting for a worker elsewhere, {held:,} of {len(wanted):,} images are there")
+        elif time.monotonic() - changed > wait_s:
+            raise SynthesisError(
+                f"A worker elsewhere must fill the store {str(store.folder)!r}, but nothing was added for {wait_s:g} s "
+                f"and {len(wanted) - held:,} images are missing. Start `fgl synthesize` with the run's plan.json, then "
+                "start the run again with the same `run-name`."
+            )
+        time.sleep(min(_POLL_S, wait_s))
+
+
+def _run_worker(
+    plan: Path, folder: Path, num_workers: int, ray_address: str, report_progress: Callable[[str], None]
+) -> None:
     command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(plan), str(folder)]
+    command += ["--workers", str(num_workers), "--ray-address", ray_address]
     # An app that runs from an unpacked bundle is on sys.path of this process only.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(APP_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])

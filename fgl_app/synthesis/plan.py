@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,20 @@ class DrawSettings:
     """Folder or hub id; ``tiny`` stays ``tiny``, wherever it is unpacked."""
     generator_revision: str
     """Revision of a hub id, or the checksum of the shipped model; empty for the newest."""
+    lora: str
+    """Folder or hub id of LoRA weights that are fused into the generator; empty for none."""
+    decoder: str
+    """Folder or hub id of a small decoder in the place of the generator's; empty for none."""
     scheduler: str
     """Solver of the denoising; ``own``: the pipeline's."""
     num_inference_steps: int
     guidance_scale: float
+    guidance_start: float
+    """Share of the steps before guidance begins, 0 to 1."""
+    guidance_stop: float
+    """Share of the steps after which guidance ends, 0 to 1 (limited-interval guidance, arXiv 2404.07724)."""
+    deep_cache_interval: int
+    """The deep layers are evaluated at every so manieth step; 1 for every step."""
     generation_size: int
     """Side at which images are drawn, px; 0 for the pipeline's own."""
     stored_size: int
@@ -55,17 +66,21 @@ class Sample:
     negative: str
     """What the generator is steered away from."""
     sample_id: bytes
-    """Identity, 16 bytes: hash of settings, label, prompt and index; no client appears in it."""
+    """Identity, 16 bytes: hash of settings, arithmetic, label, prompt and index; no client appears in it."""
     noise_seed: int
-    """Seed of the initial noise, derived from the identity alone."""
+    """Seed of the initial noise, derived from settings, label, prompt and index alone."""
 
 
 @dataclass(frozen=True)
 class Unit:
     """Samples that are drawn and committed together."""
 
-    unit_id: str
     samples: tuple[Sample, ...]
+
+    @property
+    def unit_id(self) -> str:
+        """Name in the store: a hash of the samples' identities."""
+        return hashlib.sha256(b"".join(sample.sample_id for sample in self.samples)).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -83,20 +98,32 @@ class Plan:
     batch_size: int
     """Images drawn at a time: the static shape at which every image of the plan is computed."""
 
-    def units(self) -> list[Unit]:
-        """Divide the samples, in the order of label, prompt and index, into units of :data:`UNIT_SIZE`."""
+    @property
+    def num_images(self) -> int:
+        """Size of the synthetic set."""
+        return sum(item.num_images for item in self.budget)
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield every sample, in the order of label, prompt and index."""
         digest = self.settings.digest()
-        # Rounding depends on the kind of device and on the shape: units drawn otherwise are not mixed with these.
-        arithmetic = f"{self.device.partition(':')[0]}/{self.batch_size}"
-        samples = [
-            _sample(digest, item, self.negatives.get(item.domain, ""), index)
-            for item in sorted(self.budget)
-            for index in range(item.num_images)
-        ]
-        return [
-            Unit(_unit_id(arithmetic, samples[start : start + UNIT_SIZE]), tuple(samples[start : start + UNIT_SIZE]))
-            for start in range(0, len(samples), UNIT_SIZE)
-        ]
+        # Rounding depends on the kind of device and on the shape: images drawn otherwise are not mixed with these.
+        arithmetic = f"{self.device.partition(':')[0]}/{self.batch_size}".encode()
+        for item in sorted(self.budget):
+            negative = self.negatives.get(item.domain, "")
+            # Equal prompts of different domains are different images.
+            of_prompt = hashlib.sha256(canonical_json([digest, item.label, item.prompt, negative, item.domain]))
+            for index in range(item.num_images):
+                identity = of_prompt.copy()
+                identity.update(index.to_bytes(8, "big"))
+                seed = derive_seed(0, "noise", identity.hexdigest())
+                identity.update(arithmetic)
+                yield Sample(item.label, item.prompt, negative, identity.digest()[:16], seed)
+
+    def units(self) -> Iterator[Unit]:
+        """Divide the samples into units of :data:`UNIT_SIZE`, one at a time: a plan may hold millions."""
+        samples = self.samples()
+        while part := tuple(islice(samples, UNIT_SIZE)):
+            yield Unit(part)
 
     def save(self, path: Path) -> None:
         """Write the plan for the worker; readable by the owner alone, because it holds prompts."""
@@ -123,15 +150,3 @@ class Plan:
             raise SynthesisError(
                 f"{str(path)!r} must be a synthesis plan, but is none ({type(error).__name__})."
             ) from None
-
-
-def _sample(settings_digest: str, item: PromptBudget, negative: str, index: int) -> Sample:
-    # Equal prompts of different domains are different images.
-    identity = canonical_json([settings_digest, item.label, item.prompt, negative, index, *filter(None, [item.domain])])
-    sample_id = hashlib.sha256(identity).digest()[:16]
-    return Sample(item.label, item.prompt, negative, sample_id, derive_seed(0, "noise", sample_id.hex()))
-
-
-def _unit_id(arithmetic: str, samples: Sequence[Sample]) -> str:
-    digest = hashlib.sha256(arithmetic.encode() + b"".join(sample.sample_id for sample in samples))
-    return digest.hexdigest()[:32]

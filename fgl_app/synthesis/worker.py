@@ -1,69 +1,132 @@
 """The synthesis worker, a process of its own: ``python -m fgl_app.synthesis.worker PLAN STORE``.
 
-It draws the units of the plan that the store lacks and ends. Started again after a crash, it draws what is missing.
+It draws what the store lacks of the plan and ends. Started again after a crash, it draws what is missing. With
+``--workers N`` it hands the units to N actors of Ray, on this machine or on a cluster that shares the store's folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import queue
 import sys
-import time
+import threading
 import traceback
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from fgl_app.errors import FGLError
-from fgl_app.store import UnitStore
+from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan, Unit
 
 
-def work(plan: Plan, store: UnitStore) -> int:
-    """Draw what ``store`` lacks of ``plan``.
+class UnitWorker:
+    """Draws units of one plan and commits them, several at a time.
+
+    On a CPU every core draws a unit of its own with one thread: the layers of small models do not fill more, and no
+    image depends on the number of cores. On a GPU one thread draws while the other commits.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, num_threads: int = 0) -> None:
+        """Load the generator that the plan names.
+
+        Args:
+            plan: What to draw.
+            folder: Of the store.
+            num_threads: Units in work at a time; 0 for one per thread of PyTorch, or two on a GPU.
+        """
+        import diffusers
+
+        from fgl_app.synthesis.engine import Engine
+        from fgl_app.synthesis.generator import load_generator
+
+        self._store = UnitStore(folder, plan.settings.digest())
+        device = torch.device(plan.device)
+        generator = load_generator(plan.settings, device)
+        load_exact = functools.cache(lambda: load_generator(plan.settings, device, torch.float32))
+        embeddings = load_file(plan.embeddings) if plan.embeddings else {}
+        on_cpu = device.type == "cpu"
+        self.num_threads = num_threads or (torch.get_num_threads() if on_cpu else 2)
+        self._turn = threading.Semaphore(self.num_threads if on_cpu else 1)
+        self._engines: queue.SimpleQueue[Engine] = queue.SimpleQueue()
+        for _ in range(self.num_threads):
+            self._engines.put(Engine(plan, generator, embeddings, load_exact, plan.batch_size))
+        self._provenance = {
+            "settings_digest": plan.settings.digest(),
+            "generator": plan.settings.generator,
+            "generator_revision": plan.settings.generator_revision,
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        }
+
+    def run(self, unit: Unit) -> int:
+        """Draw and commit one unit, unless it is there already; return its number of images."""
+        if self._store.has(unit.unit_id):  # of an actor that died after the commit
+            return len(unit.samples)
+        engine = self._engines.get()
+        try:
+            with self._turn:
+                drawn = engine.draw(unit)
+        finally:
+            self._engines.put(engine)
+        provenance = {**self._provenance, "seconds": drawn.seconds, "quarantined": drawn.quarantined}
+        self._store.commit(unit.unit_id, drawn.tensors, provenance)
+        return len(unit.samples)
+
+    def run_all(self, units: Iterator[Unit]) -> Iterator[int]:
+        """Draw and commit many units, and yield the number of images of each as it is committed."""
+        with ThreadPoolExecutor(self.num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running = {pool.submit(self.run, unit) for unit in islice(units, self.num_threads)}
+            try:
+                while running:
+                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    running |= {pool.submit(self.run, unit) for unit in islice(units, len(finished))}
+                    yield from (future.result() for future in finished)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def missing_units(plan: Plan, store: UnitStore) -> Iterator[Unit]:
+    """Yield what the store lacks, one unit at a time: of each unit of the plan the samples that are not settled."""
+    index = store.index()
+    for unit in plan.units():
+        held = index.holds(as_ids(sample.sample_id for sample in unit.samples))
+        if not held.all():
+            yield Unit(tuple(sample for sample, there in zip(unit.samples, held, strict=True) if not there))
+
+
+def work(plan: Plan, folder: Path, num_workers: int = 0, ray_address: str = "") -> int:
+    """Draw what the store lacks of ``plan``, with a progress bar.
+
+    Args:
+        plan: What to draw.
+        folder: Of the store.
+        num_workers: Actors of Ray; 0 draws in this process, without Ray.
+        ray_address: Of a cluster; empty for actors on this machine.
 
     Returns:
         Number of images drawn.
     """
-    units = plan.units()
-    missing = [unit for unit in units if not store.has(unit.unit_id)]
+    store = UnitStore(folder, plan.settings.digest())
+    missing = sum(len(unit.samples) for unit in missing_units(plan, store))
     if not missing:
         return 0
-    import diffusers
+    if num_workers:
+        from fgl_app.synthesis.cluster import draw_on_cluster
 
-    from fgl_app.synthesis import generator  # seconds of import, and only where there is something to draw
-
-    pipeline = generator.load_pipeline(
-        plan.settings.generator, plan.settings.generator_revision, torch.device(plan.device), plan.settings.scheduler
-    )
-    embeddings = generator.load_embeddings(plan.embeddings, pipeline) if plan.embeddings else None
-    provenance = {
-        "settings_digest": plan.settings.digest(),
-        "generator": plan.settings.generator,
-        "generator_revision": plan.settings.generator_revision,
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-    }
-    total = sum(len(unit.samples) for unit in units)
-    done = total - sum(len(unit.samples) for unit in missing)
-    with tqdm(desc="synthesis", total=total, initial=done, unit="image", ascii=True, mininterval=1.0) as bar:
-        for unit in missing:
-            started = time.monotonic()
-            images = generator.draw(pipeline, unit.samples, plan.settings, plan.batch_size, embeddings)
-            seconds = round(time.monotonic() - started, 3)
-            store.commit(unit.unit_id, _tensors(unit, images), {**provenance, "seconds": seconds})
-            bar.update(len(unit.samples))
-    return total - done
-
-
-def _tensors(unit: Unit, images: torch.Tensor) -> dict[str, Any]:
-    ids = b"".join(sample.sample_id for sample in unit.samples)
-    return {
-        "image": images,
-        "label": torch.tensor([sample.label for sample in unit.samples], dtype=torch.int64),
-        "seed": torch.tensor([sample.noise_seed for sample in unit.samples], dtype=torch.int64),
-        "sample_id": torch.frombuffer(bytearray(ids), dtype=torch.uint8).reshape(-1, 16),
-    }
+        counts = draw_on_cluster(plan, folder, missing_units(plan, store), num_workers, ray_address)
+    else:
+        counts = UnitWorker(plan, folder).run_all(missing_units(plan, store))
+    done = plan.num_images - missing
+    with tqdm(desc="synthesis", total=plan.num_images, initial=done, unit="image", ascii=True, mininterval=1.0) as bar:
+        for count in counts:
+            bar.update(count)
+    return missing
 
 
 def main() -> int:
@@ -71,9 +134,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fgl_app.synthesis.worker", description="Draw a synthetic training set.")
     parser.add_argument("plan", type=Path, help="plan.json of a run")
     parser.add_argument("store", type=Path, help="folder of the store")
+    parser.add_argument("--workers", type=int, default=0, help="actors of Ray; 0 draws in this process")
+    parser.add_argument("--ray-address", default="", help="of a cluster; empty for this machine")
     arguments = parser.parse_args()
     try:
-        work(Plan.load(arguments.plan), UnitStore(arguments.store))
+        work(Plan.load(arguments.plan), arguments.store, arguments.workers, arguments.ray_address)
     except FGLError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

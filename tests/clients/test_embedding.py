@@ -1,13 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from clients.embedding import TextEncoder, calibrated_multiplier, embed_prompts
 from fgl_app.errors import ConfigError, ModelError
 from fgl_app.prompts import PromptBudget, PromptCount
 from fgl_app.records import embedding_name
-from fgl_app.synthesis import generator
-from fgl_app.synthesis.plan import DrawSettings, Plan
+from fgl_app.synthesis.engine import Engine
+from fgl_app.synthesis.generator import load_generator
+from fgl_app.synthesis.plan import DrawSettings, Plan, Unit
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -118,36 +120,36 @@ def test_a_generator_without_clips_encoder_is_refused(tmp_path):
         TextEncoder(str(tmp_path), "", CPU)
 
 
-def draw(pipeline, prompts, embeddings, tmp_path):
-    settings = DrawSettings("tiny", "", "own", 10, 1.0, 0, 256, 0)
-    plan = Plan(settings, tuple(PromptBudget(item.label, item.prompt, 8) for item in prompts), {"": ""}, "", "cpu", 8)
-    samples = [sample for unit in plan.units() for sample in unit.samples]
-    loaded = None
-    if embeddings:
-        save_file(embeddings, tmp_path / "e.safetensors")
-        loaded = generator.load_embeddings(str(tmp_path / "e.safetensors"), pipeline)
+SETTINGS = DrawSettings(
+    generator="tiny", generator_revision="", lora="", decoder="", scheduler="own", num_inference_steps=10,
+    guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, deep_cache_interval=1, generation_size=0,
+    stored_size=256, seed=0,
+)  # fmt: skip
+
+
+def draw(prompts, embeddings):
+    budget = tuple(PromptBudget(item.label, item.prompt, 8) for item in prompts)
+    plan = Plan(SETTINGS, budget, {"": ""}, "", "cpu", 8)
+    engine = Engine(plan, load_generator(SETTINGS, CPU), embeddings, list, 8)
     # The noise derives from the prompt; here both must begin with the same noise.
-    samples = [type(s)(s.label, s.prompt, s.negative, s.sample_id, index) for index, s in enumerate(samples)]
-    return generator.draw(pipeline, samples, settings, 8, loaded).float()
+    samples = (replace(sample, noise_seed=index) for index, sample in enumerate(plan.samples()))
+    return engine.draw(Unit(tuple(samples))).tensors["image"].float()
 
 
 @pytest.mark.parametrize("text", ["a photo of a handwritten seven", "three, a bold upright wide handwritten three"])
-def test_embeddings_draw_the_images_of_their_words(encoder, tmp_path, text):
-    pipeline = generator.load_pipeline("tiny", "", CPU)
+def test_embeddings_draw_the_images_of_their_words(encoder, text):
     prompts = [PromptCount(0, text, 1)]
     named, embeddings = embed(encoder, prompts)
 
-    by_text = draw(pipeline, prompts, {}, tmp_path)
-    by_embedding = draw(pipeline, named, embeddings, tmp_path)
+    by_text = draw(prompts, {})
+    by_embedding = draw(named, embeddings)
 
     # Padding is not uploaded, so that the images are near, not equal: the tolerance that the README states.
     assert (by_text - by_embedding).abs().mean() < 6
     assert (by_text[0] - by_text[1]).abs().mean() > 3 * (by_text - by_embedding).abs().mean()
 
 
-def test_embeddings_of_another_generator_are_refused(tmp_path):
-    pipeline = generator.load_pipeline("tiny", "", CPU)
-    save_file({"e": torch.zeros(4, 5).half()}, tmp_path / "e.safetensors")
-
+@pytest.mark.parametrize("shape", [(4, 5), (400, 64)])
+def test_embeddings_of_another_generator_are_refused(shape):
     with pytest.raises(ModelError, match="one `generator`"):
-        generator.load_embeddings(str(tmp_path / "e.safetensors"), pipeline)
+        draw([PromptCount(0, "e", 1)], {"e": torch.zeros(shape).half()})

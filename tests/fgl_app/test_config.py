@@ -16,15 +16,18 @@ def test_defaults_are_valid_and_hold_the_fixed_keys():
     settings = parse_run_config(default_run_config())
 
     assert set(settings.flat()) >= FIXED_KEYS
-    # What the defaults leave to the card, the digits' card says.
-    from_card = {
+    # What the defaults leave to the card and to the profile, the digits' card and the profile "paper" say.
+    resolved = {
         "image-size": 16,
         "augmentation": "crop",
         "num-inference-steps": 20,
         "guidance-scale": 1.0,
         "scheduler": "own",
+        "guidance-start": 0.0,
+        "guidance-stop": 1.0,
+        "deep-cache-interval": 1,
     }
-    assert settings.flat() == default_run_config() | from_card
+    assert settings.flat() == default_run_config() | resolved
 
 
 @pytest.mark.parametrize(
@@ -102,3 +105,32 @@ def test_only_a_hub_id_has_a_revision(tmp_path):
 def test_no_prompt_writer_is_shipped():
     with pytest.raises(ConfigError, match="`prompt-writer` must be an absolute folder"):
         check_model_source("prompt-writer", "tiny", "", "config.json")
+
+
+def drawing(**overrides):
+    synthesis = parse_run_config(
+        default_run_config() | {key.replace("_", "-"): value for key, value in overrides.items()}
+    ).synthesis
+    return synthesis.scheduler, synthesis.num_inference_steps, synthesis.guidance_scale, synthesis.guidance_stop
+
+
+def test_profiles_are_sets_of_settings_that_are_overridden_one_by_one():
+    assert drawing() == ("own", 20, 1.0, 1.0)
+    assert drawing(profile="balanced") == ("dpm-solver++", 8, 1.0, 0.5)
+    assert drawing(profile="balanced", dataset="imagenette") == ("dpm-solver++", 20, 2.0, 0.5)
+    assert drawing(profile="balanced", num_inference_steps=5, guidance_scale=3.0) == ("dpm-solver++", 5, 3.0, 0.5)
+    assert drawing(profile="turbo", lora="/weights", scheduler="lcm") == ("lcm", 4, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"profile": "turbo"}, "`lora` must name weights"),
+        ({"guidance-stop": 1.5}, "`guidance-stop` must be a share of the steps"),
+        ({"ray-address": "head:6379"}, "`synthesis-workers` must be at least 1"),
+        ({"profile": "fast"}, "`profile` must be one of paper, balanced, turbo"),
+    ],
+)
+def test_synthesis_settings_that_make_no_sense_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_run_config(default_run_config() | overrides)

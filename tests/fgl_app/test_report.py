@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord
 from typer.testing import CliRunner
 
 from fgl_app.cli import cli
-from fgl_app.config import RunConfigValue, parse_run_config
+from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import client_rows, load_split
 from fgl_app.errors import RunFolderError, SynthesisError
@@ -25,7 +25,7 @@ from fgl_app.reporting.page import Page, render
 from fgl_app.reporting.report import write_report
 from fgl_app.reporting.results import summarize
 from fgl_app.reporting.run_folder import RunFolder
-from fgl_app.store import UnitStore
+from fgl_app.settings import RunConfigValue
 from fgl_app.synthesis.launch import SynthesisReport
 from fgl_app.synthesis.worker import work
 
@@ -79,7 +79,7 @@ def make_run(run_config, store) -> Callable[..., Path]:
         folder.save_prompts(merged, upload)
         plan = draw_plan(settings, merged, folder.embeddings)
         plan.save(folder.path / "plan.json")
-        drawn = work(plan, UnitStore(folder.synthetic))
+        drawn = work(plan, folder.synthetic)
         folder.save_confusion(names, [[30 if row == column else abs(row - column) // 7 for column in range(10)]
                                       for row in range(10)], 2)  # fmt: skip
         rounds = [a_row(1, 0.6), a_row(2, 0.8, gradient_diversity=0.4, client_drift=1.5)]
@@ -90,7 +90,7 @@ def make_run(run_config, store) -> Callable[..., Path]:
                 settings,
                 rounds,
                 prompts_upload=upload,
-                synthesis=SynthesisReport(20, drawn, 20 - drawn, 2.0, 0.0),
+                synthesis=SynthesisReport(20, drawn, 20 - drawn, 0, 2.0, 0.0),
                 store_hash="ab",
                 seconds={"prompts": 0.5, "synthesis": 2.0, "total": 9.0},
             )
@@ -281,11 +281,13 @@ def test_the_sheet_shows_held_out_images_and_those_of_the_store(make_run, settin
 def test_a_damaged_store_is_named(make_run, tmp_path, store):
     run = read_run(make_run())
     copied = shutil.copytree(store, tmp_path / "store")
-    for path in (copied / "units").glob("*.safetensors"):
-        path.write_bytes(b"damaged")
+    for path in (copied / "units").rglob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
     config = {"run_config": dict(run.config["run_config"]) | {"store-dir": str(copied)}}
 
-    with pytest.raises(SynthesisError, match="absent or damaged"):
+    with pytest.raises(SynthesisError, match="is damaged at unit"):
         synthetic_images(dataclasses.replace(run, config=config), 3, 1, 16)
 
 

@@ -1,78 +1,184 @@
+import json
 import os
+import resource
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from fgl_app.errors import SynthesisError
 from fgl_app.files import write_atomically
-from fgl_app.store import UnitStore
+from fgl_app.store import DamagedUnitsError, UnitStore, as_ids
+
+DIGEST = "d" * 64
 
 
-def unit(label: int, count: int = 2) -> dict[str, torch.Tensor]:
+def open_store(folder: Path) -> UnitStore:
+    return UnitStore(folder, DIGEST)
+
+
+def ids(*numbers: int):
+    return as_ids(bytes([number]) + bytes(14) + b"\0" for number in numbers)  # ends with zeros, as a hash may
+
+
+def unit(*numbers: int, label: int = 0) -> dict[str, torch.Tensor]:
     return {
-        "image": torch.full((count, 3, 4, 4), label, dtype=torch.uint8),
-        "label": torch.full((count,), label),
-        "seed": torch.arange(count),
-        "sample_id": torch.zeros(count, 16, dtype=torch.uint8),
+        "image": torch.stack([torch.full((3, 4, 4), number, dtype=torch.uint8) for number in numbers]),
+        "label": torch.full((len(numbers),), label),
+        "seed": torch.tensor(numbers),
+        "sample_id": torch.frombuffer(bytearray(ids(*numbers).tobytes()), dtype=torch.uint8).reshape(-1, 16),
     }
 
 
-def test_units_are_read_in_the_order_asked_for(tmp_path):
-    store = UnitStore(tmp_path)
-    store.commit("aa", unit(1), {"generator": "tiny"})
-    store.commit("bb", unit(2), {"generator": "tiny"})
-
-    data = store.read(["bb", "aa"])
-
-    assert data.labels.tolist() == [2, 2, 1, 1]
-    assert data.images[0].unique().tolist() == [2]
-
-
-def test_a_unit_without_its_manifest_does_not_exist(tmp_path):
-    store = UnitStore(tmp_path)
-    store.commit("aa", unit(1), {})
-    (tmp_path / "units" / "aa.json").unlink()
-
-    assert not store.has("aa")
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_unit_does_not_exist_and_is_never_read(tmp_path, damage):
-    store = UnitStore(tmp_path)
-    store.commit("aa", unit(1), {})
-    file = tmp_path / "units" / "aa.safetensors"
+def damage(file: Path, kind: str) -> None:
     content = bytearray(file.read_bytes())
-    if damage == "flip":
+    if kind == "flip":
         content[-1] ^= 1
         file.write_bytes(content)
-    elif damage == "truncate":
+    elif kind == "truncate":
         file.write_bytes(content[:-8])
     else:
         file.unlink()
 
-    assert not store.has("aa")
-    with pytest.raises(SynthesisError, match="unit aa"):
-        store.read(["aa"])
+
+def test_images_are_read_in_the_order_asked_for_from_any_unit(tmp_path):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1, 2, label=1), {"generator": "tiny"})
+    store.commit("bb", unit(3, 4, label=2), {"generator": "tiny"})
+
+    data = store.read(ids(4, 1, 3))
+
+    assert data.labels.tolist() == [2, 1, 2]
+    assert data.images[:, 0, 0, 0].tolist() == [4, 1, 3]
 
 
-@pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"null", b'{"unit_id": "aa"}', b"\xff"])
-def test_a_damaged_manifest_is_an_absent_unit(tmp_path, manifest):
-    store = UnitStore(tmp_path)
+def test_an_absent_image_is_an_error(tmp_path):
+    store = open_store(tmp_path)
     store.commit("aa", unit(1), {})
-    (tmp_path / "units" / "aa.json").write_bytes(manifest)
 
-    assert not store.has("aa")
+    assert store.index().holds(ids(1, 2)).tolist() == [True, False]
+    with pytest.raises(SynthesisError, match="lacks 1 of 2"):
+        store.read(ids(1, 2))
 
 
-def test_equal_units_have_equal_hashes_whatever_the_order_of_commits(tmp_path):
-    first, second = UnitStore(tmp_path / "a"), UnitStore(tmp_path / "b")
-    for store, order in ((first, "xy"), (second, "yx")):
-        for name in order:
-            store.commit(name, unit(ord(name)), {})
+def test_an_empty_store_holds_nothing(tmp_path):
+    assert not open_store(tmp_path / "absent").index().holds(ids(1)).any()
 
-    assert first.content_hash(["x", "y"]) == second.content_hash(["y", "x"])
-    second.commit("x", unit(0), {})
-    assert first.content_hash(["x", "y"]) != second.content_hash(["x", "y"])
+
+def test_a_unit_without_its_manifest_does_not_exist(tmp_path):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1), {})
+    (store.units_folder / "aa.json").unlink()
+
+    assert not store.index().holds(ids(1)).any()
+
+
+@pytest.mark.parametrize("kind", ["truncate", "remove"])
+def test_a_unit_whose_file_is_short_or_gone_does_not_exist(tmp_path, kind):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1), {})
+    damage(store.units_folder / "aa.safetensors", kind)
+
+    assert not store.index().holds(ids(1)).any()
+
+
+def test_a_flipped_byte_is_found_before_it_is_used_and_the_unit_is_named(tmp_path):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1), {})
+    store.commit("bb", unit(2), {})
+    damage(store.units_folder / "aa.safetensors", "flip")
+
+    with pytest.raises(DamagedUnitsError, match="unit aa") as caught:
+        store.read(ids(1, 2))
+
+    assert caught.value.units == ["aa"]
+    store.discard(caught.value.units)
+    assert store.index().holds(ids(1, 2)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"unit_id": "aa"}', b"\xff"])
+def test_a_damaged_manifest_is_an_absent_unit(tmp_path, content):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1), {})
+    (store.units_folder / "aa.json").write_bytes(content)
+
+    assert not store.index().holds(ids(1)).any()
+
+
+def test_a_manifest_that_claims_other_images_is_found(tmp_path):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1), {})
+    file = store.units_folder / "aa.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_ids": ids(9).tobytes().hex()}))
+
+    with pytest.raises(DamagedUnitsError, match="unit aa"):
+        store.read(ids(9))
+
+
+def test_the_content_hash_depends_on_the_images_and_not_on_their_units(tmp_path):
+    first, second, other = (open_store(tmp_path / name) for name in "abc")
+    first.commit("x", unit(1, 2), {})
+    first.commit("y", unit(3), {})
+    second.commit("z", unit(3, 1), {})
+    second.commit("w", unit(2), {})
+    changed = unit(1, 2, 3)
+    changed["image"][0, 0, 0, 0] += 1
+    other.commit("v", changed, {})
+
+    assert first.content_hash(ids(1, 2, 3)) == second.content_hash(ids(3, 2, 1))
+    assert first.content_hash(ids(1, 2, 3)) != other.content_hash(ids(1, 2, 3))
+
+
+def test_a_unit_that_exists_is_left_alone(tmp_path):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1), {"seconds": 1.0})
+    store.commit("aa", unit(1), {"seconds": 2.0})
+
+    assert store.index().seconds(ids(1)) == 1.0
+
+
+def test_seconds_are_those_of_the_images_asked_for(tmp_path):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1, 2, 3, 4), {"seconds": 8.0})
+
+    assert store.index().seconds(ids(1, 4, 9)) == 4.0
+
+
+def test_what_could_not_be_drawn_is_settled_and_left_out(tmp_path):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1), {"quarantined": [ids(2).tobytes().hex()]})
+
+    assert store.index().holds(ids(1, 2)).all()
+    assert store.read(ids(2, 1)).images[:, 0, 0, 0].tolist() == [1]
+
+
+def test_images_of_another_store_are_linked_not_copied(tmp_path):
+    there, here = open_store(tmp_path / "there"), open_store(tmp_path / "here")
+    there.commit("aa", unit(1, 2), {})
+    there.commit("bb", unit(3), {})
+
+    here.adopt(there, ids(1))
+
+    assert here.index().holds(ids(1, 2, 3)).tolist() == [True, True, False]
+    assert os.path.samefile(here.units_folder / "aa.safetensors", there.units_folder / "aa.safetensors")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1), {})
+    before = sorted(os.listdir(store.units_folder))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(SynthesisError, match="have room"):
+            store.commit("bb", unit(2), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    assert sorted(os.listdir(store.units_folder)) == before
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

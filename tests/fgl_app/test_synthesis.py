@@ -1,11 +1,15 @@
 import dataclasses
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -13,42 +17,57 @@ from fgl_app.config import APP_FOLDER, parse_run_config
 from fgl_app.errors import ModelError, SynthesisError
 from fgl_app.phases import draw_plan
 from fgl_app.prompts import MergedPrompts, PromptBudget, PromptCount
-from fgl_app.store import UnitStore
-from fgl_app.synthesis import generator
+from fgl_app.store import UnitStore, as_ids
+from fgl_app.synthesis.engine import Engine
+from fgl_app.synthesis.generator import load_generator, load_pipeline
 from fgl_app.synthesis.launch import synthesize
-from fgl_app.synthesis.plan import UNIT_SIZE, DrawSettings, Plan
+from fgl_app.synthesis.plan import UNIT_SIZE, DrawSettings, Plan, Unit
 from fgl_app.synthesis.worker import work
 
 SETTINGS = DrawSettings(
-    generator="tiny", generator_revision="", scheduler="own", num_inference_steps=2, guidance_scale=2.0,
-    generation_size=0, stored_size=256, seed=0,
+    generator="tiny", generator_revision="", lora="", decoder="", scheduler="own", num_inference_steps=2,
+    guidance_scale=2.0, guidance_start=0.0, guidance_stop=1.0, deep_cache_interval=1, generation_size=0,
+    stored_size=256, seed=0,
 )  # fmt: skip
+CPU = torch.device("cpu")
 
 
 def plan_of(*budget: PromptBudget, batch_size: int = 8, **changes: object) -> Plan:
     return Plan(dataclasses.replace(SETTINGS, **changes), budget, {"": ""}, "", "cpu", batch_size)
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return generator.load_pipeline("tiny", "", torch.device("cpu"))
+def ids_of(plan: Plan):
+    return as_ids(sample.sample_id for sample in plan.samples())
 
 
-def draw(pipeline, plan: Plan) -> dict[bytes, torch.Tensor]:
-    samples = [sample for unit in plan.units() for sample in unit.samples]
-    images = generator.draw(pipeline, samples, plan.settings, plan.batch_size)
-    return {sample.sample_id: image for sample, image in zip(samples, images, strict=True)}
+def store_of(plan: Plan, folder: Path) -> UnitStore:
+    return UnitStore(folder, plan.settings.digest())
+
+
+def engine_of(plan: Plan) -> Engine:
+    return Engine(
+        plan, load_generator(plan.settings, CPU), {}, lambda: load_generator(plan.settings, CPU), plan.batch_size
+    )
+
+
+def draw(plan: Plan, engine: Engine | None = None) -> dict[bytes, torch.Tensor]:
+    engine = engine or engine_of(plan)
+    images: dict[bytes, torch.Tensor] = {}
+    for unit in plan.units():
+        drawn = engine.draw(unit).tensors
+        images |= {row.numpy().tobytes(): image for row, image in zip(drawn["sample_id"], drawn["image"], strict=True)}
+    return images
 
 
 def test_a_plan_does_not_depend_on_the_order_of_prompts():
     budget = [PromptBudget(label, f"prompt {label}", 30) for label in range(4)]
     shuffled = random.Random(0).sample(budget, 4)
 
-    assert plan_of(*budget).units() == plan_of(*shuffled).units()
+    assert list(plan_of(*budget).units()) == list(plan_of(*shuffled).units())
 
 
 def test_units_hold_every_sample_once():
-    units = plan_of(PromptBudget(0, "a", 70), PromptBudget(1, "b", 60)).units()
+    units = list(plan_of(PromptBudget(0, "a", 70), PromptBudget(1, "b", 60)).units())
 
     assert [len(unit.samples) for unit in units] == [UNIT_SIZE, UNIT_SIZE, 130 - 2 * UNIT_SIZE]
     assert len({sample.sample_id for unit in units for sample in unit.samples}) == 130
@@ -61,7 +80,7 @@ def test_units_hold_every_sample_once():
 def test_other_settings_give_other_identities(change):
     budget = PromptBudget(0, "a", 1)
 
-    assert plan_of(budget).units()[0].unit_id != plan_of(budget, **change).units()[0].unit_id
+    assert next(plan_of(budget).samples()).noise_seed != next(plan_of(budget, **change).samples()).noise_seed
 
 
 def test_a_plan_survives_its_file_which_only_the_owner_reads(tmp_path):
@@ -75,20 +94,21 @@ def test_a_plan_survives_its_file_which_only_the_owner_reads(tmp_path):
         Plan.load(tmp_path / "absent.json")
 
 
-def test_no_image_depends_on_its_place_in_a_batch(pipeline):
+def test_no_image_depends_on_its_place_in_a_batch():
     plan = plan_of(*(PromptBudget(label, f"a handwritten {label}", 10) for label in range(10)), num_inference_steps=8)
-    samples = [sample for unit in plan.units() for sample in unit.samples]
+    samples = list(plan.samples())
     shuffled = random.Random(1).sample(range(len(samples)), len(samples))
+    engine = engine_of(plan)
 
-    reference = generator.draw(pipeline, samples, plan.settings, plan.batch_size)
+    reference = engine.draw(Unit(tuple(samples))).tensors["image"]
 
-    again = generator.draw(pipeline, [samples[index] for index in shuffled], plan.settings, plan.batch_size)
+    again = engine_of(plan).draw(Unit(tuple(samples[index] for index in shuffled))).tensors["image"]
     assert torch.equal(again, reference[shuffled])
 
 
-def test_an_image_of_a_larger_set_is_that_of_a_smaller_one(pipeline):
-    small = draw(pipeline, plan_of(PromptBudget(0, "zero", 3)))
-    large = draw(pipeline, plan_of(PromptBudget(0, "zero", 6), PromptBudget(1, "one", 3)))
+def test_an_image_of_a_larger_set_is_that_of_a_smaller_one():
+    small = draw(plan_of(PromptBudget(0, "zero", 3)))
+    large = draw(plan_of(PromptBudget(0, "zero", 6), PromptBudget(1, "one", 3)))
 
     assert all(torch.equal(large[key], small[key]) for key in small)
 
@@ -96,42 +116,83 @@ def test_an_image_of_a_larger_set_is_that_of_a_smaller_one(pipeline):
 @pytest.mark.parametrize(
     "prompt", ["", "seven handwritten a", "qwxyz 東京 🦩 unknown words", "seven " * 200, "SEVEN", "7"]
 )
-def test_the_shipped_generator_draws_any_prompt(pipeline, prompt):
-    images = draw(pipeline, plan_of(PromptBudget(0, prompt, 1)))
+def test_the_shipped_generator_draws_any_prompt(prompt):
+    images = draw(plan_of(PromptBudget(0, prompt, 1)))
 
     (image,) = images.values()
     assert image.shape == (3, 32, 32)
     assert image.float().std() > 5  # something was drawn
 
 
-def test_large_images_are_stored_smaller(pipeline):
-    (image,) = draw(pipeline, plan_of(PromptBudget(0, "zero", 1), stored_size=16)).values()
+def test_large_images_are_stored_smaller():
+    (image,) = draw(plan_of(PromptBudget(0, "zero", 1), stored_size=16)).values()
 
     assert image.shape == (3, 16, 16)
 
 
-def test_a_folder_saved_by_diffusers_draws_the_same(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path / "saved")
-    again = generator.load_pipeline(str(tmp_path / "saved"), "", torch.device("cpu"))
+def test_a_folder_saved_by_diffusers_draws_the_same(tmp_path):
+    load_pipeline(SETTINGS, CPU).save_pretrained(tmp_path / "saved")
     plan = plan_of(PromptBudget(3, "three", 2))
+    saved = Engine(
+        plan, load_generator(dataclasses.replace(SETTINGS, generator=str(tmp_path / "saved")), CPU), {}, list, 8
+    )
 
-    for ours, theirs in zip(draw(pipeline, plan).values(), draw(again, plan).values(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert all(map(torch.equal, draw(plan).values(), draw(plan, saved).values()))
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
     with pytest.raises(ModelError, match="`generator`"):
-        generator.load_pipeline(str(tmp_path), "", torch.device("cpu"))
+        load_pipeline(dataclasses.replace(SETTINGS, generator=str(tmp_path)), CPU)
 
 
 def test_the_worker_draws_what_is_missing_and_nothing_else(tmp_path):
     plan = plan_of(PromptBudget(0, "zero", UNIT_SIZE), PromptBudget(1, "one", 5))
-    store = UnitStore(tmp_path)
+    store = store_of(plan, tmp_path)
 
-    assert work(plan, store) == UNIT_SIZE + 5
-    assert work(plan, store) == 0
-    (tmp_path / "units" / f"{plan.units()[1].unit_id}.json").unlink()
-    assert work(plan, store) == 5
+    assert work(plan, tmp_path) == UNIT_SIZE + 5
+    assert work(plan, tmp_path) == 0
+    store.discard([list(plan.units())[1].unit_id])
+    assert work(plan, tmp_path) == 5
+
+
+def test_a_larger_plan_draws_only_the_images_that_a_smaller_one_did_not(tmp_path):
+    small = plan_of(PromptBudget(0, "zero", 5), PromptBudget(1, "one", 5))
+    large = plan_of(PromptBudget(0, "zero", 9), PromptBudget(1, "one", 6))
+    work(small, tmp_path / "shared")
+
+    assert work(large, tmp_path / "shared") == 5
+    work(large, tmp_path / "fresh")
+    hashes = [store_of(large, tmp_path / name).content_hash(ids_of(large)) for name in ("shared", "fresh")]
+    assert hashes[0] == hashes[1]
+
+
+def test_runs_of_one_folder_never_draw_an_image_twice(tmp_path):
+    first, second = plan_of(PromptBudget(0, "zero", 4)), plan_of(PromptBudget(0, "zero", 6))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+
+    synthesize(first, tmp_path / "a" / "synthetic", tmp_path / "a", print)
+    _, report = synthesize(second, tmp_path / "b" / "synthetic", tmp_path / "b", print)
+
+    assert (report.generated, report.reused) == (2, 4)
+    shutil.rmtree(tmp_path / "a")  # links, so that each folder stands alone
+    assert len(store_of(second, tmp_path / "b" / "synthetic").read(ids_of(second))) == 6
+
+
+def test_a_damaged_unit_is_named_and_drawn_again(tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", 3))
+    before, _ = synthesize(plan, tmp_path / "store", tmp_path, print)
+    (file,) = store_of(plan, tmp_path / "store").units_folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    lines: list[str] = []
+
+    after, report = synthesize(plan, tmp_path / "store", tmp_path, lines.append)
+
+    assert torch.equal(after.images, before.images)
+    assert (report.generated, report.reused) == (3, 0)
+    assert any(file.stem in line for line in lines)
 
 
 def test_the_worker_process_reports_progress_and_its_store_is_read_back(tmp_path):
@@ -160,23 +221,22 @@ def test_a_failing_worker_is_an_error_with_its_reason(tmp_path):
 @pytest.mark.e2e
 def test_a_worker_killed_in_the_middle_leaves_a_store_that_is_completed_to_the_same_bytes(tmp_path):
     plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 40) for label in range(10)), num_inference_steps=8)
-    ids = [unit.unit_id for unit in plan.units()]
-    undisturbed = UnitStore(tmp_path / "undisturbed")
-    work(plan, undisturbed)
-    store = UnitStore(tmp_path / "killed")
+    wanted = ids_of(plan)
+    work(plan, tmp_path / "undisturbed")
+    store = store_of(plan, tmp_path / "killed")
     plan.save(tmp_path / "plan.json")
     command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(store.folder)]
 
     process = subprocess.Popen(command, cwd=APP_FOLDER, stderr=subprocess.DEVNULL)
-    while sum(map(store.has, ids)) < 2 and process.poll() is None:
+    while store.index().holds(wanted).sum() < 2 * UNIT_SIZE and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    committed = sum(map(store.has, ids))
+    committed = int(store.index().holds(wanted).sum())
 
-    assert 0 < committed < len(ids)
-    assert work(plan, store) == 400 - committed * UNIT_SIZE
-    assert store.content_hash(ids) == undisturbed.content_hash(ids)
+    assert 0 < committed < 400
+    assert work(plan, store.folder) == 400 - committed
+    assert store.content_hash(wanted) == store_of(plan, tmp_path / "undisturbed").content_hash(wanted)
 
 
 def test_on_a_cpu_the_batch_size_of_the_settings_changes_nothing(run_config, tmp_path):
@@ -192,40 +252,28 @@ def test_on_a_cpu_the_batch_size_of_the_settings_changes_nothing(run_config, tmp
     assert plans[0] == plans[1]
 
 
-def test_units_drawn_at_another_shape_or_device_are_not_mixed():
+def test_images_drawn_at_another_shape_or_device_are_not_mixed_though_their_noise_is_the_same():
     budget = PromptBudget(0, "zero", 3)
     plan = plan_of(budget)
-    others = [plan_of(budget, batch_size=4), dataclasses.replace(plan, device="cuda")]
 
-    assert all(other.units()[0].unit_id != plan.units()[0].unit_id for other in others)
-    assert all(other.units()[0].samples == plan.units()[0].samples for other in others)
-
-
-@pytest.mark.parametrize("scheduler", ["own", "ddim", "pndm", "dpm-solver++", "unipc", "euler"])
-def test_every_scheduler_draws_digits_from_the_same_noise(scheduler):
-    chosen = generator.load_pipeline("tiny", "", torch.device("cpu"), scheduler)
-    budget = [PromptBudget(label, f"a photo of a handwritten {name}", 4) for label, name in ((0, "zero"), (1, "one"))]
-    plan = plan_of(*budget, num_inference_steps=12, guidance_scale=1.0, scheduler=scheduler)
-
-    images = torch.stack(list(draw(chosen, plan).values())).float()
-
-    # A zero is hollow and a one is not, whatever solves the equation.
-    hollow = images[:, 0, 14:18, 14:18].mean((1, 2)) - images[:, 0].mean((1, 2))
-    assert hollow[:4].mean() < hollow[4:].mean() - 30
+    for other in (plan_of(budget, batch_size=4), dataclasses.replace(plan, device="cuda")):
+        pairs = list(zip(plan.samples(), other.samples(), strict=True))
+        assert all(
+            ours.sample_id != theirs.sample_id and ours.noise_seed == theirs.noise_seed for ours, theirs in pairs
+        )
 
 
-def test_a_negative_prompt_and_a_size_reach_the_pipeline(pipeline):
+def test_a_negative_prompt_and_a_size_reach_the_generator():
     budget = PromptBudget(3, "three", 2, "photo")
     plain, steered = (
         dataclasses.replace(plan_of(budget), negatives={"photo": negative}) for negative in ("", "bold wide")
     )
-    sizes = {image.shape for image in draw(pipeline, plan_of(budget, generation_size=64)).values()}
+    sizes = {image.shape for image in draw(plan_of(budget, generation_size=64)).values()}
 
     assert sizes == {(3, 64, 64)}
-    assert set(draw(pipeline, plain)).isdisjoint(draw(pipeline, steered))  # other negatives, other identities
-    samples = [unit.samples[0] for plan in (plain, steered) for unit in plan.units()]
-    same_noise = [dataclasses.replace(sample, noise_seed=1) for sample in samples]
-    first, second = (generator.draw(pipeline, [sample], SETTINGS, 1) for sample in same_noise)
+    assert set(draw(plain)).isdisjoint(draw(steered))  # other negatives, other identities
+    same_noise = [dataclasses.replace(next(plan.samples()), noise_seed=1) for plan in (plain, steered)]
+    first, second = (engine_of(plain).draw(Unit((sample,))).tensors["image"] for sample in same_noise)
     assert not torch.equal(first, second)
 
 
@@ -233,3 +281,34 @@ def test_equal_prompts_of_different_domains_are_different_images():
     plan = plan_of(PromptBudget(0, "zero", 2, "ink"), PromptBudget(0, "zero", 2, "chalk"))
 
     assert len({sample.noise_seed for unit in plan.units() for sample in unit.samples}) == 4
+
+
+@pytest.mark.e2e
+def test_actors_of_ray_draw_the_same_images_and_survive_the_death_of_one(tmp_path):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 40) for label in range(10)), num_inference_steps=8)
+    plan.save(tmp_path / "plan.json")
+    wanted = ids_of(plan)
+    work(plan, tmp_path / "alone")
+    store = store_of(plan, tmp_path / "cluster")
+    command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(store.folder)]
+
+    with subprocess.Popen([*command, "--workers", "2"], cwd=APP_FOLDER, stderr=subprocess.DEVNULL) as process:
+        while store.index().holds(wanted).sum() < UNIT_SIZE and process.poll() is None:
+            time.sleep(0.05)
+        actors = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "SynthesisActor" in " ".join(child.cmdline())
+        ]
+        actors[0].kill()
+
+    assert len(actors) == 2
+    assert process.returncode == 0
+    assert store.content_hash(wanted) == store_of(plan, tmp_path / "alone").content_hash(wanted)
+    held = [json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")]
+    assert sum(held) == 400  # no image was drawn twice
+
+
+def test_an_unreachable_cluster_is_one_sentence(tmp_path):
+    with pytest.raises(SynthesisError, match="`ray-address` must be that of a running cluster"):
+        work(plan_of(PromptBudget(0, "zero", 1)), tmp_path, num_workers=1, ray_address="127.0.0.1:1")

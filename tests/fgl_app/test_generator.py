@@ -1,0 +1,212 @@
+"""The own denoising loop against the pipelines of diffusers, on the shipped model and the same noise."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from test_synthesis import CPU, SETTINGS, draw, engine_of, plan_of
+
+from fgl_app.errors import ModelError, SynthesisError
+from fgl_app.prompts import PromptBudget
+from fgl_app.synthesis.engine import Engine
+from fgl_app.synthesis.generator import PipelineCall, load_generator, load_pipeline
+from fgl_app.synthesis.latent_diffusion import LatentDiffusion
+from fgl_app.synthesis.plan import DrawSettings
+from fgl_app.synthesis.solvers import SCHEDULERS, tabulate
+
+PROMPTS = [("a photo of a handwritten seven", ""), ("zero, handwritten", "bold"), ("a coat", "")]
+SEEDS = [5, 6, 7]
+
+
+def both(settings: DrawSettings) -> tuple[LatentDiffusion, PipelineCall]:
+    ours = load_generator(settings, CPU)
+    assert isinstance(ours, LatentDiffusion)
+    return ours, PipelineCall(load_pipeline(settings, CPU), settings)
+
+
+def images(generator, prompts=PROMPTS, seeds=SEEDS) -> torch.Tensor:
+    return (generator.generate(generator.encode(prompts), seeds) * 255).round()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("scheduler", ["own", *SCHEDULERS])
+def test_our_loop_draws_what_the_pipeline_draws(scheduler, guidance_scale):
+    ours, theirs = both(
+        dataclasses.replace(SETTINGS, scheduler=scheduler, guidance_scale=guidance_scale, num_inference_steps=7)
+    )
+
+    assert images(theirs).std() > 30
+    assert (images(ours) - images(theirs)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "dpm-solver++", "unipc"])
+@pytest.mark.parametrize("num_steps", [4, 5, 50])
+def test_a_table_makes_the_steps_of_its_scheduler(scheduler, num_steps):
+    stepping = SCHEDULERS[scheduler].from_config(load_pipeline(SETTINGS, CPU).scheduler.config)
+    solver = tabulate(stepping, num_steps)
+    stepping.set_timesteps(num_steps)
+    latent = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * solver.initial_scale
+    latents, outputs = [latent], []
+    for step, timestep in zip(solver.steps, stepping.timesteps, strict=True):
+        output = (latent * step.input_scale).sin()  # any model will do
+        latent = stepping.step(output, timestep, latent, return_dict=False)[0]
+        outputs.append((latents[-1] * step.input_scale).sin())
+        latents.append(
+            sum(value * latents[index] for index, value in step.latents.items())
+            + sum(value * outputs[index] for index, value in step.outputs.items())
+        )
+
+    assert torch.allclose(latents[-1], latent, rtol=1e-2, atol=1e-2 * float(latent.abs().max()))
+    assert all(last >= number for number, last in enumerate(solver.last_use()))
+
+
+def test_a_solver_that_clips_is_left_to_its_pipeline(tmp_path):
+    pipeline = load_pipeline(SETTINGS, CPU)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, thresholding=True)
+    pipeline.save_pretrained(tmp_path)
+
+    generator = load_generator(dataclasses.replace(SETTINGS, generator=str(tmp_path)), CPU)
+
+    assert isinstance(generator, PipelineCall)
+    assert images(generator).std() > 30
+
+
+def test_an_sdxl_pipeline_is_called(tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    shipped = load_pipeline(SETTINGS, CPU)
+    config = CLIPTextConfig(**{**shipped.text_encoder.config.to_dict(), "projection_dim": 16})
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128, attention_head_dim=8, norm_num_groups=8, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + 16,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=shipped.vae, text_encoder=shipped.text_encoder, text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=shipped.tokenizer, tokenizer_2=shipped.tokenizer, unet=unet, scheduler=shipped.scheduler,
+        add_watermarker=False,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    plan = plan_of(PromptBudget(0, "zero", 3), generator=str(tmp_path))
+
+    drawn = torch.stack(list(draw(plan).values()))
+
+    assert isinstance(load_generator(plan.settings, CPU), PipelineCall)
+    assert drawn.shape == (3, 3, 32, 32)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_guidance_of_a_part_of_the_steps_lies_between_all_and_none():
+    whole, none, early = (
+        images(
+            load_generator(
+                dataclasses.replace(SETTINGS, num_inference_steps=8, guidance_scale=3.0, guidance_stop=stop), CPU
+            )
+        )
+        for stop in (1.0, 0.0, 0.5)
+    )
+    unguided = images(load_generator(dataclasses.replace(SETTINGS, num_inference_steps=8, guidance_scale=1.0), CPU))
+
+    assert (none - unguided).abs().max() <= 1
+    assert 0 < (early - whole).abs().mean() < (none - whole).abs().mean()
+
+
+def test_deep_features_of_every_step_are_the_whole_unet_and_older_ones_come_close():
+    every, second, stale = (
+        images(load_generator(dataclasses.replace(SETTINGS, num_inference_steps=12, deep_cache_interval=interval), CPU))
+        for interval in (1, 2, 12)
+    )
+
+    assert 0 < (second - every).abs().mean() < (stale - every).abs().mean()
+    assert (second - every).abs().mean() < 25
+
+
+def test_a_small_decoder_takes_the_place_of_the_own_one(tmp_path):
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    ).save_pretrained(tmp_path)  # fmt: skip
+    settings = dataclasses.replace(SETTINGS, decoder=str(tmp_path))
+
+    ours, theirs = both(settings)
+
+    assert (images(ours) - images(theirs)).abs().max() <= 1
+    assert (images(ours) - images(load_generator(SETTINGS, CPU))).abs().max() > 1
+    with pytest.raises(ModelError, match="`decoder`"):
+        load_pipeline(dataclasses.replace(SETTINGS, decoder=str(tmp_path / "absent")), CPU)
+
+
+def test_a_lora_changes_what_is_drawn(tmp_path):
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipeline = load_pipeline(SETTINGS, CPU)
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+
+    ours, theirs = both(dataclasses.replace(SETTINGS, lora=str(tmp_path)))
+
+    assert (images(ours) - images(theirs)).abs().max() <= 1
+    assert (images(ours) - images(load_generator(SETTINGS, CPU))).abs().max() > 1
+    with pytest.raises(ModelError, match="`lora`"):
+        load_pipeline(dataclasses.replace(SETTINGS, lora=str(tmp_path / "absent")), CPU)
+
+
+class OutOfMemory:
+    """The shipped generator on a device with room for some images at a time."""
+
+    def __init__(self, generator, room: int) -> None:
+        self.generator, self.room, self.encode = generator, room, generator.encode
+
+    def generate(self, conditions, noise_seeds):
+        if len(conditions) > self.room:
+            raise torch.OutOfMemoryError
+        return self.generator.generate(conditions, noise_seeds)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on():
+    plan = plan_of(PromptBudget(0, "zero", 11))
+    engine = Engine(plan, OutOfMemory(load_generator(plan.settings, CPU), 3), {}, list, 8)
+
+    drawn = draw(plan, engine)
+
+    assert engine.batch_size == 2
+    largest = max((drawn[key].float() - image.float()).abs().max() for key, image in draw(plan).items())
+    assert largest <= 1
+    with pytest.raises(SynthesisError, match="one image at a time"):
+        draw(plan, Engine(plan, OutOfMemory(load_generator(plan.settings, CPU), 0), {}, list, 8))
+
+
+class Poisoned:
+    """The shipped generator with a NaN in the images of some noise seeds."""
+
+    def __init__(self, generator, seeds: set[int]) -> None:
+        self.generator, self.seeds, self.encode = generator, seeds, generator.encode
+
+    def generate(self, conditions, noise_seeds):
+        drawn = self.generator.generate(conditions, noise_seeds).clone()
+        for row, seed in enumerate(noise_seeds):
+            if seed in self.seeds:
+                drawn[row, 0, 0, 0] = torch.nan
+        return drawn
+
+
+def test_an_image_that_is_no_number_is_drawn_again_in_fp32_and_then_left_out():
+    plan = plan_of(PromptBudget(0, "zero", 5))
+    (unit,) = plan.units()
+    sound = load_generator(plan.settings, CPU)
+    once, always = (unit.samples[index].noise_seed for index in (1, 3))
+    engine = Engine(plan, Poisoned(sound, {once, always}), {}, lambda: Poisoned(sound, {always}), 8)
+
+    drawn = engine.draw(unit)
+
+    assert drawn.quarantined == [unit.samples[3].sample_id.hex()]
+    assert drawn.tensors["seed"].tolist() == [
+        sample.noise_seed for sample in unit.samples if sample.noise_seed != always
+    ]
+    expected = engine_of(plan).draw(unit).tensors["image"]
+    assert torch.equal(drawn.tensors["image"], expected[[0, 1, 2, 4]])
