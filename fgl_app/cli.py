@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -65,6 +65,73 @@ def report_command(
 
     for run in runs:
         typer.echo(write_report(run))
+
+
+@cli.command("synthesize")
+def synthesize_command(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json of a run")],
+    store: Annotated[Path | None, typer.Option(help="Folder of the store; by default synthetic/ beside PLAN.")] = None,
+    workers: Annotated[int, typer.Option(help="Actors of Ray; 0 draws in this process.", min=0)] = 0,
+    ray_address: Annotated[str, typer.Option(help="Cluster of Ray; empty for this machine.")] = "",
+) -> None:
+    """Draw what a store lacks of a plan, on any machine that shares the folder; a second start goes on."""
+    from fgl_app.synthesis.plan import Plan
+    from fgl_app.synthesis.worker import work
+
+    drawn = work(Plan.load(plan), store or plan.parent / "synthetic", workers, ray_address)
+    typer.echo(f"{drawn:,} images drawn")
+
+
+store_cli = typer.Typer(no_args_is_help=True, help="Look at stores of synthetic images, and hand them on.")
+cli.add_typer(store_cli, name="store")
+
+
+@store_cli.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run or a store.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged; it is drawn again.")] = False,
+) -> None:
+    """Check every file of a store against its checksum; code 1 if one is damaged and not repaired."""
+    from fgl_app import store_inspection as inspection
+
+    stores = inspection.stores_of(folder.expanduser())
+    findings = [finding for store in stores for finding in inspection.verify(store)]
+    for finding in findings:
+        typer.echo(f"{finding.kind}: {finding.path}")
+    if repair:
+        typer.echo(f"{inspection.repair(findings)} files removed")
+    elif any(finding.kind == "damaged" for finding in findings):
+        raise typer.Exit(1)
+    typer.echo(f"{sum(inspection.contents(store).num_images for store in stores):,} images are sound")
+
+
+@store_cli.command("stats")
+def stats_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run or a store.")],
+) -> None:
+    """Say what a store holds."""
+    from fgl_app import store_inspection as inspection
+
+    for held in map(inspection.contents, inspection.stores_of(folder.expanduser())):
+        typer.echo(
+            f"settings {held.settings}, generator {held.generator}: {held.num_images:,} images of {held.size_px} px in "
+            f"{held.num_units:,} units, {held.num_bytes:,} bytes, drawn in {held.seconds:,.0f} s, "
+            f"{held.quarantined} could not be drawn"
+        )
+        typer.echo("images by label: " + ", ".join(f"{label}: {count:,}" for label, count in held.per_label.items()))
+
+
+@store_cli.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder that does not exist yet.")],
+    form: Annotated[Literal["folder", "parquet", "webdataset"], typer.Option("--format", help="Form.")] = "folder",
+) -> None:
+    """Write the synthetic set of a run for other programs: class folders, Parquet, or WebDataset tar files."""
+    from fgl_app.reporting.export import export
+    from fgl_app.reporting.finished_run import read_run
+
+    typer.echo(f"{export(read_run(run), form, target.expanduser()):,} images written to {target}")
 
 
 def main() -> None:

@@ -130,6 +130,10 @@ class UnitStore:
         """Return whether a unit is committed; whether it is sound is seen when it is read."""
         return self._manifest_path(unit_id).exists()
 
+    def is_sound(self, unit_id: str, manifest: Mapping[str, Any]) -> bool:
+        """Return whether the file of a unit is what its manifest says."""
+        return self._load(unit_id, manifest) is not None
+
     def index(self) -> SampleIndex:
         """Read all manifests. Those that are damaged, or whose file is absent or of another size, are left out."""
         manifests: dict[str, dict[str, Any]] = {}

@@ -119,6 +119,12 @@ def class_counts(run: FinishedRun, max_clients: int) -> list[list[int]]:
     return [[of_client[label] for label in range(len(card.classes))] for of_client in found]
 
 
+def store_of(run: FinishedRun, plan: Plan) -> UnitStore:
+    """Return the store with the images of a run's plan."""
+    elsewhere = str(run.config["run_config"].get("store-dir", ""))
+    return UnitStore(Path(elsewhere).expanduser() if elsewhere else run.path / "synthetic", plan.settings.digest())
+
+
 def synthetic_images(run: FinishedRun, num_classes: int, per_class: int, max_size_px: int) -> ImageSet:
     """Read some images of each of the first classes, because a whole set may be larger than the memory.
 
@@ -136,10 +142,9 @@ def synthetic_images(run: FinishedRun, num_classes: int, per_class: int, max_siz
     for sample in plan.samples():
         if sample.label < num_classes:
             of_classes[sample.label].append(sample.sample_id)
-    elsewhere = str(run.config["run_config"].get("store-dir", ""))
-    folder = Path(elsewhere).expanduser() if elsewhere else run.path / "synthetic"
-    store = UnitStore(folder, plan.settings.digest())
-    chosen = store.read(as_ids(sample_id for of_class in of_classes for sample_id in spread(of_class, per_class)))
+    chosen = store_of(run, plan).read(
+        as_ids(sample_id for of_class in of_classes for sample_id in spread(of_class, per_class))
+    )
     size = min(chosen.images.shape[-1], max_size_px)
     return ImageSet(resize(chosen.images, size), chosen.labels)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import functools
 import queue
+import secrets
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -65,8 +66,8 @@ class UnitWorker:
         }
 
     def run(self, unit: Unit) -> int:
-        """Draw and commit one unit, unless it is there already; return its number of images."""
-        if self._store.has(unit.unit_id):  # of an actor that died after the commit
+        """Draw and commit one unit, unless another worker has; return its number of images."""
+        if self._store.has(unit.unit_id):
             return len(unit.samples)
         engine = self._engines.get()
         try:
@@ -113,15 +114,19 @@ def work(plan: Plan, folder: Path, num_workers: int = 0, ray_address: str = "") 
         Number of images drawn.
     """
     store = UnitStore(folder, plan.settings.digest())
-    missing = sum(len(unit.samples) for unit in missing_units(plan, store))
+    sizes = [len(unit.samples) for unit in missing_units(plan, store)]
+    missing = sum(sizes)
     if not missing:
         return 0
+    # Workers that share a store begin at different units and skip what another has committed: they share the work.
+    first = secrets.randbelow(len(sizes))
+    units = chain(islice(missing_units(plan, store), first, None), islice(missing_units(plan, store), first))
     if num_workers:
         from fgl_app.synthesis.cluster import draw_on_cluster
 
-        counts = draw_on_cluster(plan, folder, missing_units(plan, store), num_workers, ray_address)
+        counts = draw_on_cluster(plan, folder, units, num_workers, ray_address)
     else:
-        counts = UnitWorker(plan, folder).run_all(missing_units(plan, store))
+        counts = UnitWorker(plan, folder).run_all(units)
     done = plan.num_images - missing
     with tqdm(desc="synthesis", total=plan.num_images, initial=done, unit="image", ascii=True, mininterval=1.0) as bar:
         for count in counts:

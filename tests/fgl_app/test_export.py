@@ -1,0 +1,82 @@
+"""Exported sets are read back by the libraries that they are meant for."""
+
+import pytest
+import webdataset
+from datasets import load_dataset
+from test_report import make_run, store  # noqa: F401, fixtures
+from torchvision.datasets import ImageFolder
+from typer.testing import CliRunner
+
+from fgl_app.cli import cli
+from fgl_app.errors import ConfigError
+from fgl_app.reporting.export import export
+from fgl_app.reporting.finished_run import read_run, store_of
+from fgl_app.store import as_ids
+from fgl_app.synthesis.plan import Plan
+
+
+@pytest.fixture
+def run(make_run):  # noqa: F811
+    return read_run(make_run())
+
+
+def expected(run):
+    """Class name by identity of the image."""
+    return {
+        sample.sample_id.hex(): run.class_names[sample.label] for sample in Plan.load(run.path / "plan.json").samples()
+    }
+
+
+def pixels(run, sample_id: str):
+    plan = Plan.load(run.path / "plan.json")
+    return store_of(run, plan).read(as_ids([bytes.fromhex(sample_id)])).images[0].permute(1, 2, 0).tolist()
+
+
+def test_class_folders_are_read_by_torchvision_and_datasets(run, tmp_path):
+    outcome = CliRunner().invoke(cli, ["store", "export", str(run.path), str(tmp_path / "out")])
+
+    assert "20 images written" in outcome.output
+    folder = ImageFolder(tmp_path / "out")
+    assert {path.rsplit("/", 1)[1][:-4]: folder.classes[label] for path, label in folder.samples} == expected(run)
+    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
+    assert len(loaded) == 20
+    with pytest.raises(ConfigError, match="must not exist yet"):
+        export(run, "folder", tmp_path / "out")
+
+
+def test_parquet_is_read_by_datasets_with_the_same_pixels(run, tmp_path):
+    assert export(run, "parquet", tmp_path / "out") == 20
+
+    loaded = load_dataset(str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
+
+    assert loaded.features["label"].names == list(run.class_names)
+    assert sorted(run.class_names[label] for label in loaded["label"]) == sorted(expected(run).values())
+    first = loaded[0]["image"]
+    assert first.size == (32, 32)
+    assert list(first.getdata()) == [tuple(pixel) for row in pixels(run, sorted_first(run)) for pixel in row]
+
+
+def sorted_first(run) -> str:
+    return next(Plan.load(run.path / "plan.json").samples()).sample_id.hex()
+
+
+# WebDataset leaves it to the garbage collector to close its files.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_tar_files_are_read_by_webdataset(run, tmp_path):
+    assert export(run, "webdataset", tmp_path / "out") == 20
+
+    dataset = webdataset.WebDataset(str(tmp_path / "out" / "000000.tar"), shardshuffle=False).decode("rgb8")
+
+    read = {item["__key__"]: (item["txt"], item["png"]) for item in dataset}
+    assert {key: name for key, (name, _) in read.items()} == expected(run)
+    key, (_, image) = next(iter(read.items()))
+    assert image.tolist() == pixels(run, key)
+
+
+def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("fgl_app.reporting.export._png", lambda image: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        export(run, "folder", tmp_path / "out")
+
+    assert list(tmp_path.glob("*out*")) == []

@@ -1,0 +1,68 @@
+from test_store import damage, ids, open_store, unit
+from typer.testing import CliRunner
+
+from fgl_app.cli import cli
+from fgl_app.store_inspection import contents, repair, stores_of, verify
+
+A, B, C = "aa" * 16, "bb" * 16, "cc" * 16
+
+
+def filled(folder):
+    store = open_store(folder)
+    store.commit(A, unit(1, 2, label=3), {"generator": "tiny", "seconds": 2.0})
+    store.commit(B, unit(4, label=5), {"generator": "tiny", "seconds": 1.0, "quarantined": [ids(9).tobytes().hex()]})
+    return store
+
+
+def spoil(store):
+    """One of each: a flipped byte, a manifest that is none, a unit without manifest, a temporary and a foreign file."""
+    damage(store.units_folder / f"{A}.safetensors", "flip")
+    (store.units_folder / f"{B}.json").write_text("{")
+    store.commit(C, unit(7), {})
+    (store.units_folder / f"{C}.json").unlink()
+    (store.units_folder / f".{C}.json.x7").write_text("{")
+    (store.units_folder / "notes.txt").write_text("mine")
+
+
+def test_a_sound_store_has_no_findings(tmp_path):
+    assert list(verify(filled(tmp_path))) == []
+
+
+def test_every_file_that_is_wrong_is_named_and_only_what_is_ours_is_removed(tmp_path):
+    store = filled(tmp_path)
+    store.commit("dd" * 16, unit(8), {})
+    spoil(store)
+
+    found = {finding.path.name: finding.kind for finding in verify(store)}
+
+    assert found == {
+        f"{A}.json": "damaged", f"{A}.safetensors": "damaged", f"{B}.json": "damaged", f"{B}.safetensors": "damaged",
+        f"{C}.safetensors": "unfinished", f".{C}.json.x7": "unfinished", "notes.txt": "foreign",
+    }  # fmt: skip
+    assert repair(list(verify(store))) == 6
+    assert [finding.kind for finding in verify(store)] == ["foreign"]
+    assert store.index().holds(ids(1, 2, 4, 7, 8)).tolist() == [False, False, False, False, True]
+
+
+def test_the_contents_are_counted(tmp_path):
+    held = contents(filled(tmp_path))
+
+    assert (held.num_units, held.num_images, held.quarantined, held.seconds, held.size_px) == (2, 3, 1, 3.0, 4)
+    assert held.per_label == {3: 2, 5: 1}
+    assert held.generator == "tiny"
+
+
+def test_the_commands_say_what_they_found(tmp_path):
+    store = filled(tmp_path / "synthetic")
+    run = CliRunner().invoke
+
+    assert [opened.units_folder for opened in stores_of(tmp_path)] == [store.units_folder]
+    assert "3 images of 4 px in 2 units" in run(cli, ["store", "stats", str(tmp_path)]).output
+    assert "3 images are sound" in run(cli, ["store", "verify", str(tmp_path)]).output
+    spoil(store)
+    bad = run(cli, ["store", "verify", str(tmp_path / "synthetic")])
+    assert bad.exit_code == 1
+    assert f"{A}.safetensors" in bad.output
+    assert "6 files removed" in run(cli, ["store", "verify", "--repair", str(tmp_path)]).output
+    assert run(cli, ["store", "verify", str(tmp_path)]).exit_code == 0
+    assert "must be the folder of a store" in str(run(cli, ["store", "stats", str(tmp_path / "none")]).exception)
