@@ -116,7 +116,7 @@ def stats_command(
         typer.echo(
             f"settings {held.settings}, generator {held.generator}: {held.num_images:,} images of {held.size_px} px in "
             f"{held.num_units:,} units, {held.num_bytes:,} bytes, drawn in {held.seconds:,.0f} s, "
-            f"{held.quarantined} could not be drawn"
+            f"{held.num_left_out} left out"
         )
         typer.echo("images by label: " + ", ".join(f"{label}: {count:,}" for label, count in held.per_label.items()))
 

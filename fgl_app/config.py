@@ -67,7 +67,8 @@ _AT_LEAST: dict[str, float] = {
     "captioning-batch-size": 1, "max-new-tokens": 1, "embedding-clusters": 1, "embedding-clip": 0,
     "embedding-epsilon": 0, "images-per-class": 1, "num-inference-steps": 1, "guidance-scale": 0,
     "guidance-start": 0, "guidance-stop": 0, "deep-cache-interval": 1, "generation-size": 0, "stored-size": 8,
-    "synthesis-batch-size": 1, "synthesis-workers": 0, "synthesis-wait-s": 0, "batch-size": 2, "server-epochs": 1,
+    "synthesis-batch-size": 1, "synthesis-workers": 0, "synthesis-wait-s": 0, "filter-attempts": 0,
+    "batch-size": 2, "server-epochs": 1,
     "server-finetune-epochs": 0, "local-epochs": 1,
 }  # fmt: skip
 _POSITIVE = {
@@ -172,7 +173,7 @@ def _typed(key: str, value: RunConfigValue, hint: object) -> RunConfigValue:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
-        names = {int: "a whole number", float: "a number", str: 'text, e.g. "tiny"'}
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: 'text, e.g. "tiny"'}
         raise ConfigError(f"`{key}` must be {names[typing.cast(type, hint)]}, but is {value!r}.")
     return value
 

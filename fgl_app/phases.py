@@ -25,6 +25,7 @@ from fgl_app.synthesis.launch import SynthesisReport, synthesize
 from fgl_app.synthesis.plan import CPU_BATCH_SIZE, DrawSettings, Plan
 from fgl_app.training import Evaluation, evaluate, pick_device, train
 
+_ALARMING_REJECTION_RATE = 0.5
 SERVER_WEIGHT_DECAY = 2e-4
 """FGL, Appendix: the server's L2 penalty."""
 
@@ -120,12 +121,17 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
             guidance_start=chosen.guidance_start,
             guidance_stop=chosen.guidance_stop,
             deep_cache_interval=chosen.deep_cache_interval,
+            safety_checker=chosen.safety_checker,
+            filter=chosen.filter,
+            filter_revision=chosen.filter_revision,
+            filter_attempts=chosen.filter_attempts,
             generation_size=chosen.generation_size,
             stored_size=chosen.stored_size,
             seed=settings.run.seed,
         ),
         tuple(spread_budget(merged.prompts, chosen.images_per_class, chosen.prompt_budget == "uniform")),
         {name: settings.prompt_form(name or None).negative for name in ("", *settings.card.domains)},
+        tuple(item.prompt for item in settings.card.classes) or merged.class_names,
         str(embeddings_file) if merged.embeddings else "",
         str(device),
         CPU_BATCH_SIZE if device.type == "cpu" else chosen.synthesis_batch_size,
@@ -144,8 +150,18 @@ def draw_synthetic_set(settings: Settings, plan: Plan, folder: RunFolder) -> tup
         wait_s=settings.synthesis.synthesis_wait_s,
     )
     log(INFO, "synthesis: %s images, %s drawn now, %s reused", report.images, report.generated, report.reused)
-    if report.quarantined:
-        log(WARNING, "synthesis: %s images could not be drawn and are left out", report.quarantined)
+    for reason, count in report.left_out.items():
+        log(WARNING, "synthesis: %s images are left out: %s", count, reason)
+    for group, rate in report.rejection_rates.items():
+        if rate > _ALARMING_REJECTION_RATE:
+            label, _, domain = group.partition(":")
+            log(
+                WARNING,
+                "synthesis: the filter rejected %.0f %% of class %s%s: the generator may not know it",
+                100 * rate,
+                plan.class_names[int(label)],
+                f" in domain {domain}" if domain else "",
+            )
     return ImageSet(resize(images.images, settings.data.image_size), images.labels), report
 
 

@@ -79,12 +79,13 @@ def check_settings(settings: Settings) -> Settings:
         check_model_source(
             "generator", synthesis.generator, synthesis.generator_revision, "model_index.json", tiny.DIFFUSION
         )
-        for key, value, marker in (
-            ("lora", synthesis.lora, "pytorch_lora_weights.safetensors"),
-            ("decoder", synthesis.decoder, "config.json"),
+        for key, value, revision, marker in (
+            ("lora", synthesis.lora, "", "pytorch_lora_weights.safetensors"),
+            ("decoder", synthesis.decoder, "", "config.json"),
+            ("filter", synthesis.filter, synthesis.filter_revision, "config.json"),
         ):
             if value:
-                check_model_source(key, value, "", marker)
+                check_model_source(key, value, revision, marker)
         # A folder with a captioner lies on the clients, which check it themselves.
         asked = not settings.prompts_from_server and prompts.prompt_level != "class"
         if asked and not prompts.captioner.startswith(("/", "~")):

@@ -143,6 +143,15 @@ class SynthesisSettings:
     """Hub id or folder of an ``AutoencoderTiny`` in the place of the generator's decoder; empty for none."""
     negative_prompt: str
     """What the generator is steered away from; may be empty; ``card`` for the card's, by domain."""
+    safety_checker: bool
+    """Whether images that the generator's own safety checker flags are drawn again, and left out in the end."""
+    filter: str
+    """Hub id or folder of an image classifier or a zero-shot model (CLIP, SigLIP); an image that it takes for another
+    class is drawn again, and left out in the end. Empty for none."""
+    filter_revision: str
+    """Git revision of a hub id; empty for the newest."""
+    filter_attempts: int
+    """Times that a rejected image is drawn again, from other noise."""
     generation_size: int
     """Side at which images are drawn, px; 0 for the card's, or else the pipeline's own."""
     stored_size: int

@@ -59,7 +59,7 @@ class SampleIndex:
     unit: npt.NDArray[np.int32]
     """Number of the unit of each of ``ids``; several units may hold the same image, of which one is named."""
     row: npt.NDArray[np.int32]
-    """Row of each of ``ids`` in its unit; -1 where no sound image could be drawn."""
+    """Row of each of ``ids`` in its unit; -1 where it was left out."""
 
     def find(self, wanted: Ids) -> npt.NDArray[np.int64]:
         """Return the position in :attr:`ids` of each identity, -1 where the store lacks it."""
@@ -71,6 +71,11 @@ class SampleIndex:
     def holds(self, wanted: Ids) -> npt.NDArray[np.bool_]:
         """Return for each identity whether the store has settled it: drawn, or found impossible to draw."""
         return np.asarray(self.find(wanted) >= 0)
+
+    def of(self, wanted: Ids) -> list[Mapping[str, Any]]:
+        """Return the manifests of the units that hold any of the images."""
+        at = self.find(wanted)
+        return [self.manifests[self.units[number]] for number in np.unique(self.unit[at[at >= 0]])]
 
     def seconds(self, wanted: Ids) -> float:
         """Return how long it took to draw those of the images that the store holds, s."""
@@ -99,8 +104,8 @@ class UnitStore:
             unit_id: Name of the unit, hexadecimal.
             tensors: ``image`` uint8 ``[N, 3, H, W]``, ``label`` int64 ``[N]``, ``seed`` int64 ``[N]``, ``sample_id``
                 uint8 ``[N, 16]``.
-            provenance: What drew the unit, in how many ``seconds``; ``quarantined`` lists the identities,
-                hexadecimal, of which no sound image could be drawn.
+            provenance: What drew the unit, in how many ``seconds``; ``left_out`` maps the identities,
+                hexadecimal, of images that could not be drawn to the reason.
 
         Raises:
             SynthesisError: If the files cannot be written; nothing is left of them.
@@ -141,7 +146,7 @@ class UnitStore:
         units: list[npt.NDArray[np.int32]] = []
         rows: list[npt.NDArray[np.int32]] = []
         for number, (unit_id, manifest) in enumerate(self._manifests()):
-            drawn, failed = bytes.fromhex(manifest.pop("sample_ids")), bytes.fromhex("".join(manifest["quarantined"]))
+            drawn, failed = bytes.fromhex(manifest.pop("sample_ids")), bytes.fromhex("".join(manifest["left_out"]))
             manifests[unit_id] = manifest
             ids.append(drawn + failed)
             units.append(np.full(len(ids[-1]) // 16, number, np.int32))
@@ -159,7 +164,7 @@ class UnitStore:
         """Read images and labels, in the order asked for, and check every file that is read against its checksum.
 
         Args:
-            wanted: Identities; those of which no sound image could be drawn are left out of the result.
+            wanted: Identities; those that were left out when they were drawn are left out here.
             index: What :meth:`index` returned; None reads it anew.
 
         Raises:
@@ -260,7 +265,7 @@ class UnitStore:
                     manifest["unit_id"] == unit_id
                     and manifest["num_bytes"] == entries.get(f"{unit_id}.safetensors")
                     and len(bytes.fromhex(manifest["sample_ids"])) == 16 * manifest["num_images"]
-                    and all(len(bytes.fromhex(each)) == 16 for each in manifest.setdefault("quarantined", []))
+                    and all(len(bytes.fromhex(each)) == 16 for each in manifest.setdefault("left_out", {}))
                     and isinstance(manifest["sha256"], str)
                 )
             except (OSError, ValueError, KeyError, TypeError):

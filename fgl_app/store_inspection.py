@@ -33,7 +33,7 @@ class Contents:
     num_units: int
     num_images: int
     num_bytes: int
-    quarantined: int
+    num_left_out: int
     """Images that could not be drawn."""
     seconds: float
     """That the drawing took."""
@@ -107,7 +107,7 @@ def contents(store: UnitStore) -> Contents:
         len(manifests),
         sum(manifest["num_images"] for manifest in manifests),
         sum(manifest["num_bytes"] for manifest in manifests),
-        sum(len(manifest["quarantined"]) for manifest in manifests),
+        sum(len(manifest["left_out"]) for manifest in manifests),
         sum(float(manifest.get("seconds", 0.0)) for manifest in manifests),
         size,
         dict(sorted(labels.items())),

@@ -1,18 +1,25 @@
-"""Draw units: batches of one shape, memory that runs out, images that are no numbers."""
+"""Draw units: batches of one shape, memory that runs out, images that are no numbers or show something else."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from fgl_app.data.images import resize
 from fgl_app.errors import SynthesisError
+from fgl_app.rng import derive_seed
 from fgl_app.synthesis.generator import Generator
+from fgl_app.synthesis.judges import Judge
 from fgl_app.synthesis.plan import Plan, Sample, Unit
+
+NOT_FINITE, REJECTED = "not finite", "rejected"
+"""Why an image is left out: no number in fp32 either; rejected by a judge every time."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +27,11 @@ class DrawnUnit:
     """What became of a unit's samples."""
 
     tensors: dict[str, torch.Tensor]
-    """Of the sound images, as the store holds them."""
-    quarantined: list[str]
-    """Identities, hexadecimal, of those that were not finite in fp32 either."""
+    """Of the images that are kept, as the store holds them."""
+    left_out: dict[str, str]
+    """Identities, hexadecimal, of those that are not, with the reason."""
+    judged: dict[str, tuple[int, int]]
+    """Numbers of images that were judged and rejected, by ``label`` or ``label:domain``."""
     seconds: float
     """Wall-clock seconds of drawing."""
 
@@ -39,6 +48,8 @@ class Engine:
     """Loads the generator in fp32, for images that are not finite otherwise."""
     batch_size: int
     """Images at a time, at first the plan's; halved when memory runs out."""
+    judges: Sequence[Judge] = ()
+    """Whoever rejects an image has it drawn again from other noise."""
     _exact: Generator | None = None
     _encoded: dict[tuple[str, str], Any] = field(default_factory=dict)
 
@@ -49,27 +60,61 @@ class Engine:
             SynthesisError: If not even one image fits into memory.
         """
         started = time.monotonic()
-        images, finite = self._generate(self.generator, unit.samples)
-        broken = [place for place in range(len(unit.samples)) if not finite[place]]
+        samples = list(unit.samples)
+        images, finite = self._draw_finite(samples)
+        judged: Counter[str] = Counter()
+        rejections: Counter[str] = Counter()
+        places = [place for place in range(len(samples)) if finite[place]] if self.judges else []
+        for attempt in range(1, self.plan.settings.filter_attempts + 2):
+            rejected = [
+                place for place, kept in zip(places, self._judge(images, samples, places), strict=True) if not kept
+            ]
+            judged.update(_group(samples[place]) for place in places)
+            rejections.update(_group(samples[place]) for place in rejected)
+            places = rejected
+            if not places or attempt > self.plan.settings.filter_attempts:
+                break
+            for place in places:
+                seed = derive_seed(0, "again", unit.samples[place].noise_seed, attempt)
+                samples[place] = replace(unit.samples[place], noise_seed=seed)
+            images[places], finite[places] = self._draw_finite([samples[place] for place in places])
+            places = [place for place in places if finite[place]]
+        reasons = {place: NOT_FINITE for place in range(len(samples)) if not finite[place]} | dict.fromkeys(
+            places, REJECTED
+        )
+        kept = [place for place in range(len(samples)) if place not in reasons]
+        ids = np.frombuffer(b"".join(samples[place].sample_id for place in kept), np.uint8)
+        tensors = {
+            "image": images[kept],
+            "label": torch.tensor([samples[place].label for place in kept], dtype=torch.int64),
+            "seed": torch.tensor([samples[place].noise_seed for place in kept], dtype=torch.int64),
+            "sample_id": torch.tensor(ids).reshape(-1, 16),
+        }
+        return DrawnUnit(
+            tensors,
+            {samples[place].sample_id.hex(): reason for place, reason in reasons.items()},
+            {group: (count, rejections[group]) for group, count in sorted(judged.items())},
+            round(time.monotonic() - started, 3),
+        )
+
+    def _judge(self, images: torch.Tensor, samples: Sequence[Sample], places: Sequence[int]) -> list[bool]:
+        """Return whether every judge accepts the images at ``places``."""
+        accepted = torch.ones(len(places), dtype=torch.bool)
+        labels = torch.tensor([samples[place].label for place in places], dtype=torch.int64)
+        for judge in self.judges if len(places) else ():
+            accepted &= judge(images[list(places)], labels)
+        kept: list[bool] = accepted.tolist()
+        return kept
+
+    def _draw_finite(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_generate`, but what is not finite is drawn once more in fp32."""
+        images, finite = self._generate(self.generator, samples)
+        broken = [place for place in range(len(samples)) if not finite[place]]
         if broken:
             if self._exact is None:
                 self._exact = self.load_exact()
-            again, sound = self._generate(self._exact, [unit.samples[place] for place in broken])
-            images[broken], finite[broken] = again, sound
-        kept = [sample for sample, sound in zip(unit.samples, finite.tolist(), strict=True) if sound]
-        ids = bytearray(b"".join(sample.sample_id for sample in kept))
-        tensors = {
-            "image": images[finite],
-            "label": torch.tensor([sample.label for sample in kept], dtype=torch.int64),
-            "seed": torch.tensor([sample.noise_seed for sample in kept], dtype=torch.int64),
-            "sample_id": (
-                torch.frombuffer(ids, dtype=torch.uint8) if ids else torch.zeros(0, dtype=torch.uint8)
-            ).reshape(-1, 16),
-        }
-        lost = [
-            sample.sample_id.hex() for sample, sound in zip(unit.samples, finite.tolist(), strict=True) if not sound
-        ]
-        return DrawnUnit(tensors, lost, round(time.monotonic() - started, 3))
+            images[broken], finite[broken] = self._generate(self._exact, [samples[place] for place in broken])
+        return images, finite
 
     def _generate(self, generator: Generator, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return uint8 ``[N, 3, S, S]`` on the CPU, and bool ``[N]``: whether the image is finite."""
@@ -109,6 +154,10 @@ class Engine:
             zip(new, fresh, strict=True)
         )
         return [self._encoded[key] for key in keys]
+
+
+def _group(sample: Sample) -> str:
+    return f"{sample.label}:{sample.domain}" if sample.domain else str(sample.label)
 
 
 def to_uint8(images: torch.Tensor, stored_size: int) -> torch.Tensor:

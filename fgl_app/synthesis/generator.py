@@ -11,8 +11,9 @@ from diffusers import AutoencoderTiny, AutoPipelineForText2Image
 from fgl_app import tiny
 from fgl_app.errors import ModelError
 from fgl_app.foundation_models import locate
+from fgl_app.synthesis.judges import Judge, LabelJudge, SafetyJudge
 from fgl_app.synthesis.latent_diffusion import LatentDiffusion, complete_embedding
-from fgl_app.synthesis.plan import DrawSettings
+from fgl_app.synthesis.plan import DrawSettings, Plan
 from fgl_app.synthesis.solvers import SCHEDULERS
 
 # SD 2.1's attention overflows in fp16, so that bf16 is the half precision on a GPU.
@@ -82,15 +83,31 @@ def load_generator(settings: DrawSettings, device: torch.device, dtype: torch.dt
     )
 
 
-def load_pipeline(settings: DrawSettings, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Load any text-to-image pipeline of diffusers, with the solver, LoRA and decoder that ``settings`` ask for.
+def load_judges(plan: Plan, device: torch.device) -> list[Judge]:
+    """Load whoever may reject images.
 
-    Its safety checker is left out unless ``settings.safety_checker`` says otherwise: it would blacken images.
+    Raises:
+        ModelError: If a judge cannot be loaded, or does not know a class.
+    """
+    judges: list[Judge] = []
+    settings = plan.settings
+    if settings.safety_checker:
+        judges.append(SafetyJudge(load_pipeline(settings, device, checked=True), device))
+    if settings.filter:
+        judges.append(LabelJudge(settings.filter, settings.filter_revision, plan.class_names, device))
+    return judges
+
+
+def load_pipeline(
+    settings: DrawSettings, device: torch.device, dtype: torch.dtype | None = None, checked: bool = False
+) -> Any:
+    """Load any text-to-image pipeline of diffusers, with the solver, LoRA and decoder that ``settings`` ask for.
 
     Args:
         settings: What to load.
         device: Where to run it.
         dtype: Arithmetic; None for bf16 on a GPU, fp32 on a CPU.
+        checked: Keep its safety checker, which would blacken images.
 
     Raises:
         ModelError: If it cannot be loaded.
@@ -112,7 +129,7 @@ def load_pipeline(settings: DrawSettings, device: torch.device, dtype: torch.dty
         _fuse_lora(pipeline, settings.lora)
     if settings.decoder:
         pipeline.vae = _load_decoder(settings.decoder, chosen)
-    if getattr(pipeline, "safety_checker", None) is not None:
+    if getattr(pipeline, "safety_checker", None) is not None and not checked:
         pipeline.safety_checker = None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

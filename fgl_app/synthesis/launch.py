@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO
@@ -34,8 +35,10 @@ class SynthesisReport:
     """Images drawn now."""
     reused: int
     """Images that the store held already."""
-    quarantined: int
-    """Images of the plan that could not be drawn: their pixels were no numbers."""
+    left_out: Mapping[str, int]
+    """Number of images of the plan that are not in the set, by reason."""
+    rejection_rates: Mapping[str, float]
+    """Share of the drawn images that the filter rejected, 0 to 1, by ``label`` or ``label:domain``."""
     seconds: float
     """Wall-clock seconds, start of the worker included."""
     reused_seconds: float
@@ -96,11 +99,19 @@ def synthesize(
             before = int(store.index().holds(wanted).sum())
             store.discard(damaged.units)
             missing += before - int(store.index().holds(wanted).sum())
+    manifests = store.index().of(wanted)
+    judged: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    for manifest in manifests:
+        for group, (seen, refused) in manifest.get("judged", {}).items():
+            judged[group] += seen
+            rejected[group] += refused
     return images, SynthesisReport(
         len(wanted),
         missing,
         len(wanted) - missing,
-        len(wanted) - len(images),
+        Counter(reason for manifest in manifests for reason in manifest["left_out"].values()),
+        {group: rejected[group] / seen for group, seen in judged.items()},
         time.monotonic() - started,
         reused_seconds,
     )

@@ -45,6 +45,14 @@ class DrawSettings:
     """Share of the steps after which guidance ends, 0 to 1 (limited-interval guidance, arXiv 2404.07724)."""
     deep_cache_interval: int
     """The deep layers are evaluated at every so manieth step; 1 for every step."""
+    safety_checker: bool
+    """Whether the generator's own safety checker rejects images."""
+    filter: str
+    """Folder or hub id of the model that rejects images which do not show their class; empty for none."""
+    filter_revision: str
+    """Revision of a hub id; empty for the newest."""
+    filter_attempts: int
+    """Times that a rejected image is drawn again, from other noise, before it is left out."""
     generation_size: int
     """Side at which images are drawn, px; 0 for the pipeline's own."""
     stored_size: int
@@ -69,6 +77,8 @@ class Sample:
     """Identity, 16 bytes: hash of settings, arithmetic, label, prompt and index; no client appears in it."""
     noise_seed: int
     """Seed of the initial noise, derived from settings, label, prompt and index alone."""
+    domain: str
+    """Empty for a data set without domains."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ class Plan:
     budget: tuple[PromptBudget, ...]
     negatives: dict[str, str]
     """Negative prompt by domain; ``""`` is a data set without domains."""
+    class_names: tuple[str, ...]
+    """The run's K classes as prompts name them, in the order of their labels."""
     embeddings: str
     """File of the embeddings that the budget names; empty where it holds texts."""
     device: str
@@ -117,7 +129,7 @@ class Plan:
                 identity.update(index.to_bytes(8, "big"))
                 seed = derive_seed(0, "noise", identity.hexdigest())
                 identity.update(arithmetic)
-                yield Sample(item.label, item.prompt, negative, identity.digest()[:16], seed)
+                yield Sample(item.label, item.prompt, negative, identity.digest()[:16], seed, item.domain)
 
     def units(self) -> Iterator[Unit]:
         """Divide the samples into units of :data:`UNIT_SIZE`, one at a time: a plan may hold millions."""
@@ -142,6 +154,7 @@ class Plan:
                 DrawSettings(**value["settings"]),
                 tuple(PromptBudget(**item) for item in value["budget"]),
                 value["negatives"],
+                tuple(value["class_names"]),
                 value["embeddings"],
                 value["device"],
                 value["batch_size"],

@@ -45,19 +45,20 @@ class UnitWorker:
         import diffusers
 
         from fgl_app.synthesis.engine import Engine
-        from fgl_app.synthesis.generator import load_generator
+        from fgl_app.synthesis.generator import load_generator, load_judges
 
         self._store = UnitStore(folder, plan.settings.digest())
         device = torch.device(plan.device)
         generator = load_generator(plan.settings, device)
         load_exact = functools.cache(lambda: load_generator(plan.settings, device, torch.float32))
+        judges = load_judges(plan, device)
         embeddings = load_file(plan.embeddings) if plan.embeddings else {}
         on_cpu = device.type == "cpu"
         self.num_threads = num_threads or (torch.get_num_threads() if on_cpu else 2)
         self._turn = threading.Semaphore(self.num_threads if on_cpu else 1)
         self._engines: queue.SimpleQueue[Engine] = queue.SimpleQueue()
         for _ in range(self.num_threads):
-            self._engines.put(Engine(plan, generator, embeddings, load_exact, plan.batch_size))
+            self._engines.put(Engine(plan, generator, embeddings, load_exact, plan.batch_size, judges))
         self._provenance = {
             "settings_digest": plan.settings.digest(),
             "generator": plan.settings.generator,
@@ -75,7 +76,7 @@ class UnitWorker:
                 drawn = engine.draw(unit)
         finally:
             self._engines.put(engine)
-        provenance = {**self._provenance, "seconds": drawn.seconds, "quarantined": drawn.quarantined}
+        provenance = {**self._provenance, "seconds": drawn.seconds, "left_out": drawn.left_out, "judged": drawn.judged}
         self._store.commit(unit.unit_id, drawn.tensors, provenance)
         return len(unit.samples)
 

@@ -122,14 +122,14 @@ def test_a_generator_without_clips_encoder_is_refused(tmp_path):
 
 SETTINGS = DrawSettings(
     generator="tiny", generator_revision="", lora="", decoder="", scheduler="own", num_inference_steps=10,
-    guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, deep_cache_interval=1, generation_size=0,
-    stored_size=256, seed=0,
+    guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, deep_cache_interval=1, safety_checker=False,
+    filter="", filter_revision="", filter_attempts=2, generation_size=0, stored_size=256, seed=0,
 )  # fmt: skip
 
 
 def draw(prompts, embeddings):
     budget = tuple(PromptBudget(item.label, item.prompt, 8) for item in prompts)
-    plan = Plan(SETTINGS, budget, {"": ""}, "", "cpu", 8)
+    plan = Plan(SETTINGS, budget, {"": ""}, ("zero", "one"), "", "cpu", 8)
     engine = Engine(plan, load_generator(SETTINGS, CPU), embeddings, list, 8)
     # The noise derives from the prompt; here both must begin with the same noise.
     samples = (replace(sample, noise_seed=index) for index, sample in enumerate(plan.samples()))

@@ -90,7 +90,7 @@ def make_run(run_config, store) -> Callable[..., Path]:
                 settings,
                 rounds,
                 prompts_upload=upload,
-                synthesis=SynthesisReport(20, drawn, 20 - drawn, 0, 2.0, 0.0),
+                synthesis=SynthesisReport(20, drawn, 20 - drawn, {}, {}, 2.0, 0.0),
                 store_hash="ab",
                 seconds={"prompts": 0.5, "synthesis": 2.0, "total": 9.0},
             )

@@ -147,7 +147,7 @@ def test_seconds_are_those_of_the_images_asked_for(tmp_path):
 
 def test_what_could_not_be_drawn_is_settled_and_left_out(tmp_path):
     store = open_store(tmp_path)
-    store.commit("aa", unit(1), {"quarantined": [ids(2).tobytes().hex()]})
+    store.commit("aa", unit(1), {"left_out": {ids(2).tobytes().hex(): "not finite"}})
 
     assert store.index().holds(ids(1, 2)).all()
     assert store.read(ids(2, 1)).images[:, 0, 0, 0].tolist() == [1]

@@ -10,7 +10,9 @@ A, B, C = "aa" * 16, "bb" * 16, "cc" * 16
 def filled(folder):
     store = open_store(folder)
     store.commit(A, unit(1, 2, label=3), {"generator": "tiny", "seconds": 2.0})
-    store.commit(B, unit(4, label=5), {"generator": "tiny", "seconds": 1.0, "quarantined": [ids(9).tobytes().hex()]})
+    store.commit(
+        B, unit(4, label=5), {"generator": "tiny", "seconds": 1.0, "left_out": {ids(9).tobytes().hex(): "rejected"}}
+    )
     return store
 
 
@@ -47,7 +49,7 @@ def test_every_file_that_is_wrong_is_named_and_only_what_is_ours_is_removed(tmp_
 def test_the_contents_are_counted(tmp_path):
     held = contents(filled(tmp_path))
 
-    assert (held.num_units, held.num_images, held.quarantined, held.seconds, held.size_px) == (2, 3, 1, 3.0, 4)
+    assert (held.num_units, held.num_images, held.num_left_out, held.seconds, held.size_px) == (2, 3, 1, 3.0, 4)
     assert held.per_label == {3: 2, 5: 1}
     assert held.generator == "tiny"
 

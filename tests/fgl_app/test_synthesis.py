@@ -26,14 +26,14 @@ from fgl_app.synthesis.worker import work
 
 SETTINGS = DrawSettings(
     generator="tiny", generator_revision="", lora="", decoder="", scheduler="own", num_inference_steps=2,
-    guidance_scale=2.0, guidance_start=0.0, guidance_stop=1.0, deep_cache_interval=1, generation_size=0,
-    stored_size=256, seed=0,
+    guidance_scale=2.0, guidance_start=0.0, guidance_stop=1.0, deep_cache_interval=1, safety_checker=False,
+    filter="", filter_revision="", filter_attempts=2, generation_size=0, stored_size=256, seed=0,
 )  # fmt: skip
 CPU = torch.device("cpu")
 
 
 def plan_of(*budget: PromptBudget, batch_size: int = 8, **changes: object) -> Plan:
-    return Plan(dataclasses.replace(SETTINGS, **changes), budget, {"": ""}, "", "cpu", batch_size)
+    return Plan(dataclasses.replace(SETTINGS, **changes), budget, {"": ""}, ("zero", "one"), "", "cpu", batch_size)
 
 
 def ids_of(plan: Plan):
