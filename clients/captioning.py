@@ -166,7 +166,7 @@ class CachedCaptioner:
     Args:
         load: Loads the captioner; called only if a caption is missing.
         identity: Everything besides the image that a caption depends on.
-        batch_size: Images captioned, and then kept, at a time.
+        batch_size: Images captioned, and then kept, at a time; halved when memory runs out.
         folder: Where captions are kept, readable by the owner alone; by default in the cache.
     """
 
@@ -194,9 +194,20 @@ class CachedCaptioner:
         if todo:
             captioner = self._load()
             with tqdm(total=len(todo), desc="captioning", unit="image", ascii=True, mininterval=5.0) as bar:
-                for start in range(0, len(todo), self._batch_size):
-                    rows = todo[start : start + self._batch_size]
-                    captions = captioner(images[rows])
+                while todo:
+                    rows = todo[: self._batch_size]
+                    try:
+                        captions = captioner(images[rows])
+                    except torch.OutOfMemoryError:
+                        if self._batch_size == 1:
+                            raise ModelError(
+                                "The captioner must fit into memory with one image at a time, but does not. Use a "
+                                "smaller `captioner`, `captioner-dtype=4bit` or another device."
+                            ) from None
+                        self._batch_size //= 2
+                        torch.cuda.empty_cache()
+                        continue
+                    todo = todo[len(rows) :]
                     self._keep({keys[row]: caption for row, caption in zip(rows, captions, strict=True)})
                     bar.update(len(rows))
         return [self._known[key] for key in keys]

@@ -106,3 +106,26 @@ def test_a_retrained_captioner_has_another_identity(tmp_path):
 
     assert identity_of(str(tmp_path)) != first
     assert identity_of("tiny") == (tiny.folder_of(tiny.CAPTIONER).name,)
+
+
+def test_captioning_batches_shrink_when_memory_runs_out(captioner, settings, tmp_path):
+    images = load_split(settings.card, settings.data, "validation").images[:7]
+    sizes: list[int] = []
+
+    def room_for_three(batch: torch.Tensor) -> list[str]:
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError
+        sizes.append(len(batch))
+        return captioner(batch)
+
+    def cached(inner, name: str) -> list[str]:
+        return CachedCaptioner(lambda: inner, identity=(name,), batch_size=4, folder=tmp_path)(images)
+
+    assert cached(room_for_three, "small") == captioner(images)
+    assert sizes == [2, 2, 2, 1]
+
+    def no_room(batch: torch.Tensor) -> list[str]:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(ModelError, match="one image at a time"):
+        cached(no_room, "none")

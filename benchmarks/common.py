@@ -1,0 +1,70 @@
+"""What every benchmark shares: turns, medians, the machine, the result file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("flwr", "torch", "torchvision", "diffusers", "transformers", "ray", "numpy")
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has."""
+    made = argparse.ArgumentParser(description=about)
+    made.add_argument("--json", type=Path, help="where the result goes, too")
+    made.add_argument("--rounds", type=int, default=3, help="turns of each contender; the median counts")
+    return made
+
+
+def take_turns(contenders: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Run every contender once per round, in turn; the first round, which warms up, does not count.
+
+    Args:
+        contenders: Functions that do the work and return the number of items they did.
+        rounds: Turns that count.
+
+    Returns:
+        Items per second of each contender: all turns and their median.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            items = run()
+            seconds = time.perf_counter() - started
+            print(f"{'warm-up' if turn == 0 else f'turn {turn}'}: {name}: {items / seconds:.4g} /s", flush=True)
+            if turn:
+                rates[name].append(items / seconds)
+    return {name: {"per_second": statistics.median(found), "turns": found} for name, found in rates.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Return hardware and versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def finish(result: dict[str, Any], json_file: Path | None) -> None:
+    """Print a result with the machine, and write it to a file."""
+    text = json.dumps(result | {"machine": machine()}, indent=2)
+    print(text)
+    if json_file is not None:
+        json_file.write_text(text + "\n")

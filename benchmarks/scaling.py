@@ -1,0 +1,106 @@
+"""How time and memory grow: a plan of millions of samples, and workers side by side."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import finish, parser
+from benchmarks.synthesis import CLASSES, PROMPT
+from fgl_app.prompts import PromptBudget
+from fgl_app.store import UnitStore, as_ids
+from fgl_app.synthesis.plan import DrawSettings, Plan
+from fgl_app.synthesis.worker import missing_units, work
+
+SETTINGS = DrawSettings(
+    generator="tiny", generator_revision="", lora="", decoder="", scheduler="own", num_inference_steps=20,
+    guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, deep_cache_interval=1, safety_checker=False, filter="",
+    filter_revision="", filter_attempts=0, generation_size=0, stored_size=256, seed=0,
+)  # fmt: skip
+
+
+def plan_of(num_images: int) -> Plan:
+    """Return a plan with an equal number of images per class."""
+    budget = tuple(
+        PromptBudget(label, PROMPT.format(name), num_images // len(CLASSES)) for label, name in enumerate(CLASSES)
+    )
+    return Plan(SETTINGS, budget, {"": ""}, CLASSES, "", "cpu", 32)
+
+
+def measure(function: Callable[[], Any]) -> dict[str, float]:
+    """Return the seconds of a call, and the peak memory of the process so far, bytes."""
+    started = time.perf_counter()
+    function()
+    return {
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def plan_and_resume(num_images: int) -> dict[str, Any]:
+    """Build a plan, fill a store with one pixel per image, find nothing missing, and check every file."""
+    folder = Path(tempfile.mkdtemp())
+    plan = plan_of(num_images)
+    store = UnitStore(folder, plan.settings.digest())
+    try:
+        built = measure(lambda: sum(1 for _ in plan.units()))
+        for unit in plan.units():
+            ids = np.frombuffer(b"".join(sample.sample_id for sample in unit.samples), np.uint8)
+            count = len(unit.samples)
+            store.commit(
+                unit.unit_id,
+                {
+                    "image": torch.zeros(count, 3, 1, 1, dtype=torch.uint8),
+                    "label": torch.tensor([sample.label for sample in unit.samples]),
+                    "seed": torch.tensor([sample.noise_seed for sample in unit.samples]),
+                    "sample_id": torch.tensor(ids).reshape(-1, 16),
+                },
+                {"seconds": 0.0},
+            )
+        resumed = measure(lambda: sum(1 for _ in missing_units(plan, store)))
+        verified = measure(lambda: store.read(as_ids(sample.sample_id for sample in plan.samples())))
+    finally:
+        shutil.rmtree(folder)
+    return {"images": num_images, "build": built, "resume": resumed, "read_and_verify": verified}
+
+
+def workers(num_images: int, num_workers: int) -> dict[str, float]:
+    """Draw a plan with actors of Ray, start of the cluster included."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        return measure(lambda: work(plan_of(num_images), folder, num_workers))
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parser(__doc__ or "")
+    options.add_argument("--plan-images", type=int, nargs="+", default=[20_000, 200_000, 2_000_000])
+    options.add_argument("--draw-images", type=int, default=1_280)
+    options.add_argument("--workers", type=int, nargs="*", default=[1, 2])
+    chosen = options.parse_args()
+    plans = [plan_and_resume(count) for count in chosen.plan_images]
+    drawn = {str(count): workers(chosen.draw_images, count) for count in chosen.workers}
+    result: dict[str, Any] = {
+        "benchmark": "scaling",
+        "plans": plans,
+        "draw_images": chosen.draw_images,
+        "workers": drawn,
+    }
+    if len(chosen.workers) > 1:
+        first, last = (drawn[str(chosen.workers[place])]["seconds"] for place in (0, -1))
+        result["ratio"] = first / last
+    finish(result, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
