@@ -14,12 +14,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fgl_app.errors import ConfigError, DataError, FGLError, ModelError, PromptError, RoundError
 from fgl_app.records import ARRAYS, CLASS_NAMES, EQUAL_WEIGHT, PLACE_MESSAGE, place_of, reply_order, serialized_bytes
 from fgl_app.rng import numpy_generator
 from strategies.server_optimizers import (
+    begin_from_sent_arrays,
     is_server_optimizer,
     join_statistics,
     memory_of,
@@ -119,9 +120,7 @@ class CheckedRounds(Strategy):
         self._sent = arrays
         number = self.rounds_done + server_round
         config = self._with_label_space(config)
-        if isinstance(self.inner, FedAvgM):
-            # It would go on from its own last arrays, whatever fine-tuning made of them.
-            self.inner.current_arrays = None
+        begin_from_sent_arrays(self.inner)
         nodes = self.wait_for_clients(grid)
         if self._fraction_train < 1:
             grid = cast(Grid, _SomeNodes(grid, self._draw_clients(grid, nodes, number)))

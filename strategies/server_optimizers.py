@@ -27,6 +27,15 @@ def is_server_optimizer(strategy: Strategy) -> bool:
     return isinstance(strategy, FedOpt | FedAvgM | QFedAvg)
 
 
+def begin_from_sent_arrays(strategy: Strategy) -> None:
+    """Have the strategy begin the round from the arrays it is given.
+
+    FedAvgM would go on from its own last arrays, whatever fine-tuning made of them.
+    """
+    if isinstance(strategy, FedAvgM):
+        strategy.current_arrays = None
+
+
 def only(arrays: ArrayRecord, names: Collection[str]) -> ArrayRecord:
     """Return the arrays of these names, in their order."""
     return ArrayRecord({name: array for name, array in arrays.items() if name in names})

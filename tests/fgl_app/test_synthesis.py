@@ -312,3 +312,35 @@ def test_actors_of_ray_draw_the_same_images_and_survive_the_death_of_one(tmp_pat
 def test_an_unreachable_cluster_is_one_sentence(tmp_path):
     with pytest.raises(SynthesisError, match="`ray-address` must be that of a running cluster"):
         work(plan_of(PromptBudget(0, "zero", 1)), tmp_path, num_workers=1, ray_address="127.0.0.1:1")
+
+
+@pytest.mark.e2e
+@pytest.mark.nightly
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("trial", range(20))
+def test_a_kill_at_any_moment_changes_nothing_and_costs_no_committed_image(tmp_path, trial, workers):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 64) for label in range(10)), num_inference_steps=4)
+    plan.save(tmp_path / "plan.json")
+    wanted, store = ids_of(plan), store_of(plan, tmp_path / "killed")
+    work(plan, tmp_path / "undisturbed")
+    command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(store.folder)]
+    command += ["--workers", str(workers)]
+    moment = random.Random(trial).uniform(0, 640)
+
+    with subprocess.Popen(command, cwd=APP_FOLDER, stderr=subprocess.DEVNULL) as process:
+        while store.index().holds(wanted).sum() < moment - UNIT_SIZE and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.Random(trial).uniform(0, 0.5))
+        if workers:  # an actor dies, and the driver goes on
+            family = psutil.Process(process.pid).children(recursive=True)
+            actors = [child for child in family if "SynthesisActor" in " ".join(child.cmdline())]
+            random.Random(trial).choice(actors).kill() if actors else None
+        else:
+            process.kill()
+    committed = {file.name: file.stat().st_mtime_ns for file in store.units_folder.glob("*.json")}
+    subprocess.run(command, cwd=APP_FOLDER, stderr=subprocess.DEVNULL, check=True)
+
+    assert store.content_hash(wanted) == store_of(plan, tmp_path / "undisturbed").content_hash(wanted)
+    held = [json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")]
+    assert sum(held) == 640
+    assert all((store.units_folder / name).stat().st_mtime_ns == then for name, then in committed.items())
