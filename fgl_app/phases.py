@@ -14,7 +14,7 @@ from flwr.common.logger import log
 from torch import nn
 
 from fgl_app import tiny
-from fgl_app.data.images import HeldOut, ImageSet, resize
+from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
 from fgl_app.prompts import MergedPrompts, spread_budget
 from fgl_app.prompts.expansion import LanguageModelWriter, expand, templates_writer
@@ -145,6 +145,7 @@ def draw_synthetic_set(settings: Settings, plan: Plan, folder: RunFolder) -> tup
         folder.synthetic,
         folder.path,
         lambda line: log(INFO, "%s", line),
+        size=settings.data.image_size,
         num_workers=settings.synthesis.synthesis_workers,
         ray_address=settings.synthesis.ray_address,
         wait_s=settings.synthesis.synthesis_wait_s,
@@ -162,7 +163,7 @@ def draw_synthetic_set(settings: Settings, plan: Plan, folder: RunFolder) -> tup
                 plan.class_names[int(label)],
                 f" in domain {domain}" if domain else "",
             )
-    return ImageSet(resize(images.images, settings.data.image_size), images.labels), report
+    return images, report
 
 
 def train_on_server(

@@ -8,6 +8,7 @@ leaves whole units only. SETTINGS is a hash of all that the images depend on bes
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fgl_app.data.images import ImageSet
+from fgl_app.data.images import ImageSet, resize
 from fgl_app.errors import SynthesisError
 from fgl_app.files import sha256, write_atomically, write_json
+
+_SHARE_OF_MEMORY = 0.5
+"""Of the memory that is free, which a set of images may take before it is mapped from a file."""
 
 Ids = npt.NDArray[np.bytes_]
 """Identities of images, ``S16 [N]``."""
@@ -160,12 +165,16 @@ class UnitStore:
             tuple(manifests), manifests, sorted_ids, np.concatenate(units)[first], np.concatenate(rows)[first]
         )
 
-    def read(self, wanted: Ids, index: SampleIndex | None = None) -> ImageSet:
+    def read(
+        self, wanted: Ids, index: SampleIndex | None = None, *, size: int = 0, backing: Path | None = None
+    ) -> ImageSet:
         """Read images and labels, in the order asked for, and check every file that is read against its checksum.
 
         Args:
             wanted: Identities; those that were left out when they were drawn are left out here.
             index: What :meth:`index` returned; None reads it anew.
+            size: Side to which the images are resized, px; 0 for that of the store.
+            backing: A file in which a set that does not fit into memory is mapped; its name is removed at once.
 
         Raises:
             DamagedUnitsError: If files are not what their manifests say.
@@ -188,9 +197,10 @@ class UnitStore:
             if tensors is None or tensors["sample_id"][rows].numpy().tobytes() != index.ids[at[places]].tobytes():
                 damaged.append(unit_id)
                 continue
+            pixels = resize(tensors["image"][rows], size or tensors["image"].shape[-1])
             if images is None:
-                images = torch.zeros(len(at), *tensors["image"].shape[1:], dtype=torch.uint8)
-            images[places] = tensors["image"][rows]
+                images = _allocate((len(at), *pixels.shape[1:]), backing)
+            images[places] = pixels
             labels[places] = tensors["label"][rows]
         if damaged:
             raise DamagedUnitsError(self.folder, damaged)
@@ -278,6 +288,16 @@ class UnitStore:
 
     def _manifest_path(self, unit_id: str) -> Path:
         return self.units_folder / f"{unit_id}.json"
+
+
+def _allocate(shape: tuple[int, ...], backing: Path | None) -> torch.Tensor:
+    """Return room for uint8 images: memory, or a mapped file where they would take most of it."""
+    num_bytes = math.prod(shape)
+    if backing is None or num_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().available:
+        return torch.zeros(shape, dtype=torch.uint8)
+    mapped = torch.from_file(str(backing), shared=True, size=num_bytes, dtype=torch.uint8).view(shape)
+    backing.unlink()  # the mapping keeps the bytes until it goes
+    return mapped
 
 
 def _by_unit(index: SampleIndex, at: npt.NDArray[np.int64]) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:

@@ -56,6 +56,7 @@ def synthesize(
     run_folder: Path,
     report_progress: Callable[[str], None],
     *,
+    size: int = 0,
     num_workers: int = 0,
     ray_address: str = "",
     wait_s: float = 0.0,
@@ -67,6 +68,7 @@ def synthesize(
         folder: The store.
         run_folder: Where the plan and the worker's log are written.
         report_progress: Called with a line of progress every few seconds; it names no prompt.
+        size: Side to which the images are resized when they are read, px; 0 for that of the store.
         num_workers: Actors of Ray that draw; 0 is one worker process without Ray.
         ray_address: Of a cluster; empty for actors on this machine.
         wait_s: If positive, start no worker, but wait until ``fgl synthesize``, started elsewhere, has filled the
@@ -90,7 +92,7 @@ def synthesize(
             else:
                 _run_worker(run_folder / "plan.json", folder, num_workers, ray_address, report_progress)
         try:
-            images = store.read(wanted)
+            images = store.read(wanted, size=size, backing=folder / f".images-{os.getpid()}")
             break
         except DamagedUnitsError as damaged:
             if attempt + 1 == _READ_ATTEMPTS:

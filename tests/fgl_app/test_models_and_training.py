@@ -9,7 +9,7 @@ from torchvision import transforms
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError, ModelError
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
-from fgl_app.training import augment, evaluate, train
+from fgl_app.training import augment, evaluate, prefetched, taken_on_device, train
 
 CPU = torch.device("cpu")
 
@@ -185,3 +185,20 @@ def test_a_runs_checkpoint_is_loaded_and_a_wrong_one_refused(tmp_path):
     for path, other in ((tmp_path / "absent", model), (tmp_path / "round-0001.safetensors", nn.Linear(1, 1))):
         with pytest.raises(ConfigError, match="`initial-weights`"):
             load_checkpoint(str(path), other)
+
+
+def test_batches_from_a_mapped_file_are_those_from_memory(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (23, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    mapped = torch.from_file(str(tmp_path / "images"), shared=True, size=images.numel(), dtype=torch.uint8).view(
+        images.shape
+    )
+    mapped.copy_(images)
+    labels = torch.arange(23)
+    order = torch.randperm(23, generator=generator).split(5)
+
+    near = list(taken_on_device(ImageSet(images, labels), order))
+    far = list(prefetched(ImageSet(mapped, labels), order, torch.device("cpu")))
+
+    assert all(torch.equal(a, b) for one, other in zip(near, far, strict=True) for a, b in zip(one, other, strict=True))
+    assert list(prefetched(ImageSet(mapped, labels), [], torch.device("cpu"))) == []

@@ -122,7 +122,7 @@ def test_the_three_accuracies_are_what_their_names_say(settings):
         settings,
         rounds,
         prompts_upload=None,
-        synthesis=SynthesisReport(10, 4, 6, 2.0, 3.0),
+        synthesis=SynthesisReport(10, 4, 6, {"rejected": 1}, {"0": 0.25}, 2.0, 3.0),
         store_hash="ab",
         seconds={"total": 1.23456},
     )

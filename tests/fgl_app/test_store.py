@@ -53,6 +53,19 @@ def test_images_are_read_in_the_order_asked_for_from_any_unit(tmp_path):
     assert data.images[:, 0, 0, 0].tolist() == [4, 1, 3]
 
 
+def test_a_set_larger_than_the_memory_is_mapped_from_a_file(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1, 2), {})
+    in_memory = store.read(ids(2, 1), size=2)
+    monkeypatch.setattr("fgl_app.store._SHARE_OF_MEMORY", 0.0)
+
+    mapped = store.read(ids(2, 1), size=2, backing=tmp_path / "images")
+
+    assert torch.equal(mapped.images, in_memory.images)
+    assert mapped.images.shape == (2, 3, 2, 2)
+    assert not (tmp_path / "images").exists()
+
+
 def test_an_absent_image_is_an_error(tmp_path):
     store = open_store(tmp_path)
     store.commit("aa", unit(1), {})
