@@ -147,7 +147,7 @@ def _run_worker(
     plan: Path, folder: Path, num_workers: int, ray_address: str, report_progress: Callable[[str], None]
 ) -> None:
     command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(plan), str(folder)]
-    command += ["--workers", str(num_workers), "--ray-address", ray_address]
+    command += ["--workers", str(num_workers), "--ray-address", ray_address, "--with-parent"]
     # An app that runs from an unpacked bundle is on sys.path of this process only.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(APP_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -158,7 +158,7 @@ def _run_worker(
     with (
         log_path.open("w") as log_file,
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
         ) as process,
     ):
         assert process.stderr is not None

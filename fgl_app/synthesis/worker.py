@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import queue
 import secrets
 import sys
@@ -135,6 +136,12 @@ def work(plan: Plan, folder: Path, num_workers: int = 0, ray_address: str = "") 
     return missing
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however it went: its end of the pipe closes with it."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def main() -> int:
     """Run the worker; 0 when the store holds the whole plan."""
     parser = argparse.ArgumentParser(prog="fgl_app.synthesis.worker", description="Draw a synthetic training set.")
@@ -142,7 +149,10 @@ def main() -> int:
     parser.add_argument("store", type=Path, help="folder of the store")
     parser.add_argument("--workers", type=int, default=0, help="actors of Ray; 0 draws in this process")
     parser.add_argument("--ray-address", default="", help="of a cluster; empty for this machine")
+    parser.add_argument("--with-parent", action="store_true", help="end when the standard input is closed")
     arguments = parser.parse_args()
+    if arguments.with_parent:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work(Plan.load(arguments.plan), arguments.store, arguments.workers, arguments.ray_address)
     except FGLError as error:

@@ -239,6 +239,26 @@ def test_a_worker_killed_in_the_middle_leaves_a_store_that_is_completed_to_the_s
     assert store.content_hash(wanted) == store_of(plan, tmp_path / "undisturbed").content_hash(wanted)
 
 
+@pytest.mark.e2e
+def test_the_worker_ends_with_the_process_that_started_it_even_if_that_was_killed(tmp_path):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 400) for label in range(10)), num_inference_steps=20)
+    plan.save(tmp_path / "plan.json")
+    program = (
+        "from pathlib import Path; from fgl_app.synthesis.launch import synthesize; "
+        "from fgl_app.synthesis.plan import Plan; folder = Path({folder!r}); "
+        "synthesize(Plan.load(folder / 'plan.json'), folder / 'store', folder, print)"
+    )
+    command = [sys.executable, "-c", program.format(folder=str(tmp_path))]
+
+    with subprocess.Popen(command, cwd=APP_FOLDER, stdout=subprocess.DEVNULL, start_new_session=True) as parent:
+        while not (workers := psutil.Process(parent.pid).children()):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+
+
 def test_on_a_cpu_the_batch_size_of_the_settings_changes_nothing(run_config, tmp_path):
     prompts = MergedPrompts((PromptCount(0, "zero", 1),), ("zero", "one"))
 
