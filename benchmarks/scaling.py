@@ -1,4 +1,4 @@
-"""How time and memory grow: a plan of millions of samples, and workers side by side."""
+"""How time and memory grow: clients in the prompt round, a plan of millions of samples, workers side by side."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import numpy as np
 import torch
 
 from benchmarks.common import finish, parser
+from benchmarks.one_process import OneProcess, identify_process
 from benchmarks.synthesis import CLASSES, PROMPT
+from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.prompts import PromptBudget
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.plan import DrawSettings, Plan
 from fgl_app.synthesis.worker import missing_units, work
+from strategies.fgl import FGL
 
 SETTINGS = DrawSettings(
     generator="tiny", generator_revision="", lora="", decoder="", scheduler="own", num_inference_steps=20,
@@ -72,6 +75,24 @@ def plan_and_resume(num_images: int) -> dict[str, Any]:
     return {"images": num_images, "build": built, "resume": resumed, "read_and_verify": verified}
 
 
+def prompt_round(num_clients: int) -> dict[str, float]:
+    """Ask clients for class-level prompts and merge them; above 100 clients several hold the same images."""
+    run_config = default_run_config() | {"num-clients": num_clients, "partition": "iid", "min-samples-per-client": 0}
+    settings = parse_run_config(run_config)
+    strategy = FGL(
+        class_names=settings.card.class_names(),
+        num_clients=num_clients,
+        synthesize=_unused,
+        pretrain=_unused,
+    )
+    grid = OneProcess(run_config, num_clients, min(num_clients, 100))
+    return measure(lambda: strategy.collect_prompts(grid, timeout=3600.0))
+
+
+def _unused(*_: object) -> Any:
+    raise AssertionError("the prompt round neither draws nor trains")
+
+
 def workers(num_images: int, num_workers: int) -> dict[str, float]:
     """Draw a plan with actors of Ray, start of the cluster included."""
     folder = Path(tempfile.mkdtemp())
@@ -84,14 +105,18 @@ def workers(num_images: int, num_workers: int) -> dict[str, float]:
 def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__ or "")
+    options.add_argument("--clients", type=int, nargs="*", default=[10, 100, 1_000])
     options.add_argument("--plan-images", type=int, nargs="+", default=[20_000, 200_000, 2_000_000])
     options.add_argument("--draw-images", type=int, default=1_280)
     options.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     chosen = options.parse_args()
+    identify_process()
+    clients = {str(count): prompt_round(count) for count in chosen.clients}
     plans = [plan_and_resume(count) for count in chosen.plan_images]
     drawn = {str(count): workers(chosen.draw_images, count) for count in chosen.workers}
     result: dict[str, Any] = {
         "benchmark": "scaling",
+        "prompt_round": clients,
         "plans": plans,
         "draw_images": chosen.draw_images,
         "workers": drawn,

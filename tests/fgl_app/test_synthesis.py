@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -364,3 +365,31 @@ def test_a_kill_at_any_moment_changes_nothing_and_costs_no_committed_image(tmp_p
     held = [json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")]
     assert sum(held) == 640
     assert all((store.units_folder / name).stat().st_mtime_ns == then for name, then in committed.items())
+
+
+def test_a_server_that_waits_takes_what_a_worker_elsewhere_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr("fgl_app.synthesis.launch._POLL_S", 0.1)
+    plan = plan_of(PromptBudget(0, "zero", 5))
+    lines: list[str] = []
+
+    def draw_elsewhere() -> None:
+        while not (tmp_path / "plan.json").exists():
+            time.sleep(0.05)
+        work(Plan.load(tmp_path / "plan.json"), tmp_path / "store")
+
+    elsewhere = threading.Thread(target=draw_elsewhere)
+    elsewhere.start()
+    images, report = synthesize(plan, tmp_path / "store", tmp_path, lines.append, wait_s=120.0)
+    elsewhere.join()
+
+    assert len(images) == 5
+    assert report.generated == 5
+    assert "0 of 5 images are there" in lines[0]
+    assert "5 of 5 images are there" in lines[-1]
+
+
+def test_a_server_that_waits_in_vain_says_what_to_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("fgl_app.synthesis.launch._POLL_S", 0.05)
+
+    with pytest.raises(SynthesisError, match=r"nothing was added for 0\.2 s and 5 images are missing.*fgl synthesize"):
+        synthesize(plan_of(PromptBudget(0, "zero", 5)), tmp_path / "store", tmp_path, print, wait_s=0.2)
