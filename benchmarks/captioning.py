@@ -30,7 +30,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         blip2(chosen.size == "small").to(torch.bfloat16).save_pretrained(folder)
         tokenizer = Blip2Processor.from_pretrained(tiny.folder_of(tiny.CAPTIONER)).tokenizer
-        Blip2Processor(BlipImageProcessor(), tokenizer, num_query_tokens=32).save_pretrained(folder)
+        Blip2Processor(
+            BlipImageProcessor(size={"height": 224, "width": 224}), tokenizer, num_query_tokens=32
+        ).save_pretrained(folder)
         captioner = HubCaptioner(
             str(Path(folder)), revision="", dtype="auto", max_new_tokens=chosen.max_new_tokens, device=device
         )
