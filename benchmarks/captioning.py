@@ -24,7 +24,6 @@ def main() -> None:
     options.add_argument("--images", type=int, default=32)
     options.add_argument("--batch-size", type=int, default=32)
     options.add_argument("--max-new-tokens", type=int, default=16)
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,14 +47,11 @@ def main() -> None:
 
     rates = take_turns({"one by one": in_batches(1), "ours": in_batches(chosen.batch_size)}, chosen.rounds)
     finish(
-        {
-            "benchmark": "captioning",
-            "options": {key: str(value) for key, value in vars(chosen).items()},
-            "unit": "images",
-            "contenders": rates,
-            "ratio": rates["ours"]["per_second"] / rates["one by one"]["per_second"],
-        },
-        chosen.json,
+        "captioning",
+        "images",
+        chosen,
+        contenders=rates,
+        ratio=rates["ours"]["per_second"] / rates["one by one"]["per_second"],
     )
 
 

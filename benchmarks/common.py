@@ -22,6 +22,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     """Return a parser with the options that every benchmark has."""
     made = argparse.ArgumentParser(description=about)
     made.add_argument("--json", type=Path, help="where the result goes, too")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--rounds", type=int, default=3, help="turns of each contender; the median counts")
     return made
 
@@ -62,9 +63,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def finish(result: dict[str, Any], json_file: Path | None) -> None:
-    """Print a result with the machine, and write it to a file."""
-    text = json.dumps(result | {"machine": machine()}, indent=2)
+def finish(name: str, unit: str, chosen: argparse.Namespace, **found: Any) -> None:
+    """Print the result of a benchmark with its options and the machine, and write it to the file asked for.
+
+    Args:
+        name: Of the benchmark.
+        unit: What is counted per second.
+        chosen: Its options.
+        found: What it found: ``contenders``, ``ratio``...
+    """
+    options = {key: str(value) for key, value in vars(chosen).items()}
+    text = json.dumps({"benchmark": name, "unit": unit, "options": options, **found, "machine": machine()}, indent=2)
     print(text)
-    if json_file is not None:
-        json_file.write_text(text + "\n")
+    if chosen.json is not None:
+        chosen.json.write_text(text + "\n")

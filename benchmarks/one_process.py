@@ -7,7 +7,6 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fgl_app.client_app import app
@@ -19,8 +18,8 @@ def identify_process() -> None:
         setattr(TaskIdentity, name, 1)
 
 
-class OneProcess(Grid):
-    """Calls the ClientApp for each message, which is serialized and read back both ways."""
+class OneProcess:
+    """The part of a Flower grid that strategies use: it calls the ClientApp for each message, serialized both ways."""
 
     def __init__(self, run_config: dict[str, Any], num_clients: int, num_partitions: int | None = None) -> None:
         """Make the nodes; with fewer partitions than clients, several clients hold the same one."""
@@ -28,31 +27,11 @@ class OneProcess(Grid):
         self._num_clients = num_clients
         self._num_partitions = num_partitions or num_clients
 
-    def set_run(self, run: object) -> None:
-        """Not used by a strategy."""
-
-    @property
-    def run(self) -> Any:
-        """Not used by a strategy."""
-        raise NotImplementedError
-
-    def create_message(self, *args: object, **kwargs: object) -> Message:
-        """Not used by a strategy."""
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
+    def get_node_ids(self) -> list[int]:
         """Return the nodes."""
         return list(range(self._num_clients))
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Not used by a strategy."""
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Not used by a strategy."""
-        raise NotImplementedError
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Call the ClientApp for each message."""
         replies = []
         for message in messages:

@@ -6,10 +6,11 @@ Both ask the same ClientApp, with the same data and model, through serialized me
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from benchmarks.common import finish, parser, take_turns
@@ -19,7 +20,7 @@ from fgl_app.phases import initial_arrays, parameter_names
 from strategies.rounds import CheckedRounds
 
 
-def rounds_of(make: Callable[[], Strategy], grid: OneProcess, arrays: Any, num_rounds: int) -> Callable[[], int]:
+def rounds_of(make: Callable[[], Strategy], grid: Grid, arrays: Any, num_rounds: int) -> Callable[[], int]:
     """Return a function that runs rounds of a fresh strategy from the same weights."""
 
     def run() -> int:
@@ -38,10 +39,15 @@ def main() -> None:
     chosen = options.parse_args()
     identify_process()
     torch.manual_seed(0)
-    run_config = default_run_config() | {"model": chosen.model, "num-clients": chosen.clients, "local-epochs": 1}
+    run_config = default_run_config() | {
+        "model": chosen.model,
+        "num-clients": chosen.clients,
+        "local-epochs": 1,
+        "device": chosen.device,
+    }
     settings = parse_run_config(run_config)
     names = settings.card.class_names()
-    arrays, grid = initial_arrays(settings, names), OneProcess(run_config, chosen.clients)
+    arrays, grid = initial_arrays(settings, names), cast(Grid, OneProcess(run_config, chosen.clients))
 
     def stock() -> Strategy:
         return FedAvg(fraction_evaluate=0.0)
@@ -57,14 +63,11 @@ def main() -> None:
         chosen.rounds,
     )
     finish(
-        {
-            "benchmark": "overhead",
-            "options": {key: str(value) for key, value in vars(chosen).items()},
-            "unit": "rounds",
-            "contenders": rates,
-            "ratio": rates["flower"]["per_second"] / rates["ours"]["per_second"],
-        },
-        chosen.json,
+        "overhead",
+        "rounds",
+        chosen,
+        contenders=rates,
+        ratio=rates["flower"]["per_second"] / rates["ours"]["per_second"],
     )
 
 

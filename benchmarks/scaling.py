@@ -8,34 +8,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from flwr.serverapp import Grid
 
 from benchmarks.common import finish, parser
 from benchmarks.one_process import OneProcess, identify_process
-from benchmarks.synthesis import CLASSES, PROMPT
+from benchmarks.plans import plan_of
 from fgl_app.config import default_run_config, parse_run_config
-from fgl_app.prompts import PromptBudget
 from fgl_app.store import UnitStore, as_ids
-from fgl_app.synthesis.plan import DrawSettings, Plan
 from fgl_app.synthesis.worker import missing_units, work
 from strategies.fgl import FGL
 
-SETTINGS = DrawSettings(
-    generator="tiny", generator_revision="", lora="", decoder="", scheduler="own", num_inference_steps=20,
-    guidance_scale=1.0, guidance_start=0.0, guidance_stop=1.0, deep_cache_interval=1, safety_checker=False, filter="",
-    filter_revision="", filter_attempts=0, generation_size=0, stored_size=256, seed=0,
-)  # fmt: skip
-
-
-def plan_of(num_images: int) -> Plan:
-    """Return a plan with an equal number of images per class."""
-    budget = tuple(
-        PromptBudget(label, PROMPT.format(name), num_images // len(CLASSES)) for label, name in enumerate(CLASSES)
-    )
-    return Plan(SETTINGS, budget, {"": ""}, CLASSES, "", "cpu", 32)
+NUM_CLASSES = 10
+"""Of the digits, whose card the plans follow."""
 
 
 def measure(function: Callable[[], Any]) -> dict[str, float]:
@@ -51,7 +39,7 @@ def measure(function: Callable[[], Any]) -> dict[str, float]:
 def plan_and_resume(num_images: int) -> dict[str, Any]:
     """Build a plan, fill a store with one pixel per image, find nothing missing, and check every file."""
     folder = Path(tempfile.mkdtemp())
-    plan = plan_of(num_images)
+    plan = plan_of(num_images // NUM_CLASSES, {"device": "cpu"})
     store = UnitStore(folder, plan.settings.digest())
     try:
         built = measure(lambda: sum(1 for _ in plan.units()))
@@ -85,7 +73,7 @@ def prompt_round(num_clients: int) -> dict[str, float]:
         synthesize=_unused,
         pretrain=_unused,
     )
-    grid = OneProcess(run_config, num_clients, min(num_clients, 100))
+    grid = cast(Grid, OneProcess(run_config, num_clients, min(num_clients, 100)))
     return measure(lambda: strategy.collect_prompts(grid, timeout=3600.0))
 
 
@@ -97,7 +85,7 @@ def workers(num_images: int, num_workers: int) -> dict[str, float]:
     """Draw a plan with actors of Ray, start of the cluster included."""
     folder = Path(tempfile.mkdtemp())
     try:
-        return measure(lambda: work(plan_of(num_images), folder, num_workers))
+        return measure(lambda: work(plan_of(num_images // NUM_CLASSES, {}), folder, num_workers))
     finally:
         shutil.rmtree(folder)
 
@@ -114,17 +102,11 @@ def main() -> None:
     clients = {str(count): prompt_round(count) for count in chosen.clients}
     plans = [plan_and_resume(count) for count in chosen.plan_images]
     drawn = {str(count): workers(chosen.draw_images, count) for count in chosen.workers}
-    result: dict[str, Any] = {
-        "benchmark": "scaling",
-        "prompt_round": clients,
-        "plans": plans,
-        "draw_images": chosen.draw_images,
-        "workers": drawn,
-    }
+    found: dict[str, Any] = {"prompt_round": clients, "plans": plans, "workers": drawn}
     if len(chosen.workers) > 1:
         first, last = (drawn[str(chosen.workers[place])]["seconds"] for place in (0, -1))
-        result["ratio"] = first / last
-    finish(result, chosen.json)
+        found["ratio"] = first / last
+    finish("scaling", "seconds", chosen, **found)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,6 @@ def main() -> None:
     options.add_argument("--images", type=int, default=256)
     options.add_argument("--size", type=int, default=224)
     options.add_argument("--batch-size", type=int, default=64)
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = options.parse_args()
     device = torch.device(chosen.device)
     generator = torch.Generator().manual_seed(0)
@@ -106,14 +105,7 @@ def main() -> None:
             chosen.rounds,
         )
     finish(
-        {
-            "benchmark": "training",
-            "options": {key: str(value) for key, value in vars(chosen).items()},
-            "unit": "images",
-            "contenders": rates,
-            "ratio": rates["ours"]["per_second"] / rates["pil"]["per_second"],
-        },
-        chosen.json,
+        "training", "images", chosen, contenders=rates, ratio=rates["ours"]["per_second"] / rates["pil"]["per_second"]
     )
 
 

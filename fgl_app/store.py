@@ -77,6 +77,12 @@ class SampleIndex:
         """Return for each identity whether the store has settled it: drawn, or found impossible to draw."""
         return np.asarray(self.find(wanted) >= 0)
 
+    def count(self, wanted: Ids, unit_ids: Sequence[str]) -> int:
+        """Return how many of the images lie in the units named."""
+        at = self.find(wanted)
+        numbers = [self.units.index(unit_id) for unit_id in unit_ids]
+        return int(np.isin(self.unit[at[at >= 0]], numbers).sum())
+
     def of(self, wanted: Ids) -> list[Mapping[str, Any]]:
         """Return the manifests of the units that hold any of the images."""
         at = self.find(wanted)

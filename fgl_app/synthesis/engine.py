@@ -45,12 +45,11 @@ class Engine:
     embeddings: Mapping[str, torch.Tensor]
     """``[T, D]`` by the name that stands in the place of a prompt; empty where prompts are texts."""
     load_exact: Callable[[], Generator]
-    """Loads the generator in fp32, for images that are not finite otherwise."""
+    """Gives the generator in fp32, for images that are not finite otherwise."""
     batch_size: int
     """Images at a time, at first the plan's; halved when memory runs out."""
     judges: Sequence[Judge] = ()
     """Whoever rejects an image has it drawn again from other noise."""
-    _exact: Generator | None = None
     _encoded: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def draw(self, unit: Unit) -> DrawnUnit:
@@ -111,9 +110,7 @@ class Engine:
         images, finite = self._generate(self.generator, samples)
         broken = [place for place in range(len(samples)) if not finite[place]]
         if broken:
-            if self._exact is None:
-                self._exact = self.load_exact()
-            images[broken], finite[broken] = self._generate(self._exact, [samples[place] for place in broken])
+            images[broken], finite[broken] = self._generate(self.load_exact(), [samples[place] for place in broken])
         return images, finite
 
     def _generate(self, generator: Generator, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:

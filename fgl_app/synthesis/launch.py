@@ -91,17 +91,17 @@ def synthesize(
                 _wait(store, wanted, wait_s, report_progress)
             else:
                 _run_worker(run_folder / "plan.json", folder, num_workers, ray_address, report_progress)
+            index = store.index()
         try:
-            images = store.read(wanted, size=size, backing=folder / f".images-{os.getpid()}")
+            images = store.read(wanted, index, size=size, backing=folder / f".images-{os.getpid()}")
             break
         except DamagedUnitsError as damaged:
             if attempt + 1 == _READ_ATTEMPTS:
                 raise
             report_progress(f"synthesis: drawing again, because damaged: {', '.join(damaged.units)}")
-            before = int(store.index().holds(wanted).sum())
             store.discard(damaged.units)
-            missing += before - int(store.index().holds(wanted).sum())
-    manifests = store.index().of(wanted)
+            missing += index.count(wanted, damaged.units)
+    manifests = index.of(wanted)
     judged: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     for manifest in manifests:

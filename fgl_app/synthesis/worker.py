@@ -56,9 +56,9 @@ class UnitWorker:
         embeddings = load_file(plan.embeddings) if plan.embeddings else {}
         on_cpu = device.type == "cpu"
         self.num_threads = num_threads or (torch.get_num_threads() if on_cpu else 2)
-        self._turn = threading.Semaphore(self.num_threads if on_cpu else 1)
+        # Whoever draws holds an engine; a GPU has one, so that the other thread commits meanwhile.
         self._engines: queue.SimpleQueue[Engine] = queue.SimpleQueue()
-        for _ in range(self.num_threads):
+        for _ in range(self.num_threads if on_cpu else 1):
             self._engines.put(Engine(plan, generator, embeddings, load_exact, plan.batch_size, judges))
         self._provenance = {
             "settings_digest": plan.settings.digest(),
@@ -73,8 +73,7 @@ class UnitWorker:
             return len(unit.samples)
         engine = self._engines.get()
         try:
-            with self._turn:
-                drawn = engine.draw(unit)
+            drawn = engine.draw(unit)
         finally:
             self._engines.put(engine)
         provenance = {**self._provenance, "seconds": drawn.seconds, "left_out": drawn.left_out, "judged": drawn.judged}

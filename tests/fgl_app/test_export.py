@@ -3,7 +3,6 @@
 import pytest
 import webdataset
 from datasets import load_dataset
-from test_report import make_run, store  # noqa: F401, fixtures
 from torchvision.datasets import ImageFolder
 from typer.testing import CliRunner
 
@@ -16,7 +15,7 @@ from fgl_app.synthesis.plan import Plan
 
 
 @pytest.fixture
-def run(make_run):  # noqa: F811
+def run(make_run):
     return read_run(make_run())
 
 

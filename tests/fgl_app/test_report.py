@@ -3,13 +3,11 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from finished_runs import PROMPT
 from typer.testing import CliRunner
 
 from fgl_app.cli import cli
@@ -17,103 +15,16 @@ from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import client_rows, load_split
 from fgl_app.errors import RunFolderError, SynthesisError
-from fgl_app.phases import draw_plan, resolve
-from fgl_app.prompts import MergedPrompts, PromptCount
 from fgl_app.reporting import figures
 from fgl_app.reporting.finished_run import class_counts, held_out_images, read_run, synthetic_images
 from fgl_app.reporting.page import Page, render
 from fgl_app.reporting.report import write_report
-from fgl_app.reporting.results import summarize
-from fgl_app.reporting.run_folder import RunFolder
-from fgl_app.settings import RunConfigValue
-from fgl_app.synthesis.launch import SynthesisReport
-from fgl_app.synthesis.worker import work
 
-PROMPT = "seven <script>alert('$1')</script> & seven"
 SECTIONS = [
     "Summary", "Accuracy and loss", "Accuracy by domain", "How much the clients' updates differ", "Confusion matrix",
     "Training images of the clients", "Real and synthetic images", "Most frequent prompts", "Bytes and seconds",
     "Configuration",
 ]  # fmt: skip
-
-
-def a_row(number: int, accuracy: float, **more: object) -> dict:
-    sent = 0 if number == 1 else 44_800_000
-    return {
-        "round": number,
-        "phase": "one-shot" if number == 1 else "federated",
-        "accuracy": accuracy,
-        "loss": 1.5 / number,
-        "validation_accuracy": accuracy - 0.05,
-        "domain_accuracy": {"ink": accuracy, "chalk": accuracy - 0.1},
-        "accuracy_macro": accuracy - 0.05,
-        "model_upload_bytes": sent,
-        "upload_bytes": 3 * sent + 700 * (number == 1),
-        "clients": 3 * (number > 1),
-        "seconds": 12.3,
-        **more,
-    }
-
-
-def without_optional(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key not in ("domain_accuracy", "accuracy_macro", "clients")}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    """Images that the tests share: what the first one draws, the others reuse."""
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture
-def make_run(run_config, store) -> Callable[..., Path]:
-    """Makes the folder of a finished run of the shipped generator, as the ServerApp leaves it."""
-
-    def make(**overrides: RunConfigValue) -> Path:
-        settings = parse_run_config(run_config | {"store-dir": str(store)} | overrides)
-        folder = RunFolder(settings, resolve(settings))
-        names = settings.card.class_names()
-        prompts = [PromptCount(label, f"a handwritten {name}", 40 + label) for label, name in enumerate(names)]
-        merged = MergedPrompts((*prompts, PromptCount(7, PROMPT, 50)), names)
-        upload = {"payload": 82, "message": 324, "all_messages": 700, "clients_asked": 3, "clients_used": 3}
-        folder.save_prompts(merged, upload)
-        plan = draw_plan(settings, merged, folder.embeddings)
-        plan.save(folder.path / "plan.json")
-        drawn = work(plan, folder.synthetic)
-        folder.save_confusion(names, [[30 if row == column else abs(row - column) // 7 for column in range(10)]
-                                      for row in range(10)], 2)  # fmt: skip
-        rounds = [a_row(1, 0.6), a_row(2, 0.8, gradient_diversity=0.4, client_drift=1.5)]
-        for row in rounds:
-            folder.save_round(row, ArrayRecord({"weight": torch.zeros(2)}))
-        folder.write_results(
-            summarize(
-                settings,
-                rounds,
-                prompts_upload=upload,
-                synthesis=SynthesisReport(20, drawn, 20 - drawn, {}, {}, 2.0, 0.0),
-                store_hash="ab",
-                seconds={"prompts": 0.5, "synthesis": 2.0, "total": 9.0},
-            )
-        )
-        return folder.path
-
-    return make
-
-
-@pytest.fixture
-def make_fedavg(run_config) -> Callable[..., Path]:
-    """Makes the folder of a finished run without prompts and images."""
-
-    def make(**overrides: RunConfigValue) -> Path:
-        settings = parse_run_config(run_config | {"method": "fedavg"} | overrides)
-        folder = RunFolder(settings, {})
-        rounds = [without_optional(a_row(1, 0.3))]
-        folder.write_results(
-            summarize(settings, rounds, prompts_upload=None, synthesis=None, store_hash=None, seconds={"rounds": 4.0})
-        )
-        return folder.path
-
-    return make
 
 
 class Elements(HTMLParser):
