@@ -41,13 +41,15 @@ class Backbone:
         return np.asarray(torch.cat(parts).float().cpu().numpy())
 
 
-def open_backbone(source: str, classifier: nn.Module, image_size_px: int, device: torch.device) -> Backbone:
+def open_backbone(
+    source: str, classifier: Callable[[], nn.Module], image_size_px: int, device: torch.device
+) -> Backbone:
     """Open a backbone.
 
     Args:
         source: ``pixels``; ``classifier``, the run's own; a classifier of torchvision by name, with its pretrained
             weights from torch's cache or its download; or a vision model of transformers by folder or hub id.
-        classifier: The run's last model.
+        classifier: Loads the run's last model.
         image_size_px: Side of its input.
         device: Where to run it.
 
@@ -57,11 +59,11 @@ def open_backbone(source: str, classifier: nn.Module, image_size_px: int, device
     if source == "pixels":
         return Backbone(f"pixels at {PIXELS_PX} px", PIXELS_PX, lambda images: images.float().flatten(1))
     if source == "classifier":
-        classifier.to(device)
+        network = classifier().to(device)
         return Backbone(
             "last features of the run's classifier",
             image_size_px,
-            _before_last_layer(classifier, lambda images: normalize(images.to(device))),
+            _before_last_layer(network, lambda images: normalize(images.to(device))),
         )
     if source in torchvision.models.list_models(module=torchvision.models):
         return _of_torchvision(source, device)

@@ -35,7 +35,10 @@ def check_replication(material: Material, backbone: str) -> Check:
     """
     run, settings = material.run, material.settings
     opened = open_backbone(
-        backbone, material.model(material.last_round), settings.data.image_size, pick_device(settings.run.device)
+        backbone,
+        lambda: material.model(material.last_round),
+        settings.data.image_size,
+        pick_device(settings.run.device),
     )
     num_classes = len(run.class_names)
     per_class = math.ceil(MAX_SYNTHETIC / num_classes)

@@ -13,6 +13,7 @@ from scipy.stats import t as student
 
 from fgl_app.audit.labels import data_name, model_name
 from fgl_app.privacy.membership import SIGNS
+from fgl_app.reporting.audit_section import interval
 
 # What does not change a model, or differs between the runs of one method.
 _IGNORED = {
@@ -54,8 +55,8 @@ def membership_rows(content: Mapping[str, Any]) -> list[str]:
     ]
     for model in content["models"]:
         for measure, found in model["measures"].items():
-            cells = [_interval(found["gap"]), _interval(found["auc"])]
-            cells += [f"{_interval(found['tpr'][rate], 100, 1)} %" for rate in ("0.01", "0.001")]
+            cells = [interval(found["gap"]), interval(found["auc"])]
+            cells += [f"{interval(found['tpr'][rate], 100, 1)} %" for rate in ("0.01", "0.001")]
             lines.append("| " + " | ".join([model["name"], measure, *cells]) + " |")
     return lines
 
@@ -77,9 +78,12 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "# Membership inference",
         "",
-        "Absolute difference of the means over members and non-members (FGL, Table 3); small is private. Mean ± "
-        f"standard deviation of {seeds} seed{'s' if seeds > 1 else ''}, in brackets the 95 % interval of the mean by "
-        "Student's t.",
+        "Absolute difference of the means over members and non-members (FGL, Table 3); small is private. "
+        + (
+            f"Mean ± standard deviation of {seeds} seeds, in brackets the 95 % interval of the mean by Student's t."
+            if seeds > 1
+            else "One seed."
+        ),
         "",
         *_table(groups, lambda found: float(found["gap"]["value"]), tuple(SIGNS), 3),
         "",
@@ -177,8 +181,3 @@ def _verdicts(groups: Sequence[_Group]) -> list[str]:
                 f"of {len(SIGNS)} measures{exceptions}."
             )
     return [*lines, ""] if lines else []
-
-
-def _interval(estimate: Mapping[str, float], scale: float = 1.0, digits: int = 3) -> str:
-    value, low, high = (scale * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

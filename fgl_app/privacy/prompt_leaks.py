@@ -102,11 +102,14 @@ def find_leaks(text: str, lexicon: Lexicon, public: frozenset[str] = frozenset()
     spans += [("phone number", start, end) for start, end in _phone_numbers(text)]
     spans += [("number", *found.span()) for found in _NUMBER.finditer(text) if found.group() not in public]
     words = _words(text)
-    places = _place_names(text, words, lexicon, public)
+    places, large = _place_names(text, words, lexicon, public), lexicon.large_places
     spans += [
         ("name", start, end)
         for start, end in _person_names(words, lexicon, public)
-        if not any(first <= start and end <= last and end - start < last - first for first, last in places)
+        if not any(
+            first <= start and end <= last and (end - start < last - first or text[start:end].lower() in large)
+            for first, last in places
+        )
     ]
     spans += [("place", start, end) for start, end in places]
     spans += [

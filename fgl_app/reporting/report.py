@@ -10,6 +10,7 @@ from typing import Any
 from fgl_app.errors import DataError, RunFolderError, SynthesisError
 from fgl_app.files import write_atomically
 from fgl_app.reporting import figures
+from fgl_app.reporting.audit_section import audit_sections
 from fgl_app.reporting.finished_run import FinishedRun, class_counts, held_out_images, read_run, synthetic_images
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
 
@@ -87,6 +88,7 @@ def build_page(run: FinishedRun) -> Page:
             _partition(run),
             _images(run),
             _prompts(run),
+            *audit_sections(run.path, run.class_names),
             _costs(run),
             _configuration(run),
         ],

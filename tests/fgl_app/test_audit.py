@@ -1,0 +1,233 @@
+"""Audits of real small runs, as the command makes them."""
+
+import json
+import math
+import re
+import statistics
+
+import pytest
+from scipy.stats import t as student
+from typer.testing import CliRunner
+
+from fgl_app.audit.tables import comparison
+from fgl_app.cli import cli
+from fgl_app.config import parse_run_config
+from fgl_app.errors import ConfigError, RunFolderError
+from fgl_app.privacy.membership import SIGNS
+from fgl_app.reporting.report import write_report
+from fgl_app.server_app import check_settings, run
+
+LEAK = "seven, <b>Anna Kowalski</b>, +49 30 1234567, anna.k@example.org"
+OVER_TRAINED = {
+    "method": "fedavg", "image_size": 16, "max_train_images": 80, "num_clients": 2, "partition": "iid",
+    "num_server_rounds": 1, "local_epochs": 40, "batch_size": 16, "augmentation": "none",
+}  # fmt: skip
+
+
+def audit(*arguments) -> str:
+    done = CliRunner().invoke(cli, ["audit", *map(str, arguments)])
+    if done.exception is not None:
+        raise done.exception
+    return done.output
+
+
+def result_of(folder):
+    return json.loads((folder / "audit" / "audit.json").read_text())
+
+
+@pytest.fixture
+def train_run(make_grid, run_config, tmp_path):
+    """Return a function that makes a whole run and returns its folder."""
+
+    def go(name, **overrides):
+        changed = {key.replace("_", "-"): value for key, value in overrides.items()}
+        config = run_config | changed | {"run-name": name}
+        run(make_grid(**overrides), check_settings(parse_run_config(config)))
+        return tmp_path / "runs" / name
+
+    return go
+
+
+def test_an_over_trained_run_is_told_from_a_one_shot_model(train_run, tmp_path):
+    fedavg = train_run("fedavg", **OVER_TRAINED)
+    fgl = train_run("fgl", **(OVER_TRAINED | {"method": "fgl", "num_server_rounds": 2}))
+
+    said = audit(fedavg, fgl, "--shadow-models", 4, "--table", tmp_path / "table.md")
+
+    (over_trained,) = result_of(fedavg)["membership"]["models"]
+    assert all(over_trained["measures"][name]["auc"]["value"] > 0.6 for name in ("loss", "modified entropy", "LiRA"))
+    assert over_trained["measures"]["loss"]["auc"]["low"] > 0.5
+    assert "FedAvg, 1 round: members can be told from other images by" in said
+    one_shot, last = result_of(fgl)["membership"]["models"]
+    assert (one_shot["name"], last["name"]) == ("FGL one-shot", "FGL, 2 rounds")
+    assert one_shot["measures"]["loss"]["auc"]["low"] < 0.5
+    assert last["measures"]["loss"]["auc"]["value"] > 0.6
+    part = result_of(fgl)["membership"]
+    assert part["num_members"] == part["num_others"] == 80
+    assert part["least_fpr"] == 1 / 80
+    assert part["shadow_models"] == 4
+    assert list(part["models"][0]["measures"]) == [*SIGNS, "LiRA"]
+    table = (tmp_path / "table.md").read_text()
+    assert "| digits, iid | FedAvg, 1 round |" in table
+    assert re.search(r"the mean gaps of FGL one-shot are below those of FedAvg, 1 round on [34] of 4 measures", table)
+
+
+def test_everything_is_written_for_the_owner_alone_and_the_same_twice(train_run):
+    folder = train_run("fgl")
+
+    audit(folder)
+    first = {path.name: path.read_bytes() for path in (folder / "audit").iterdir()}
+    audit(folder)
+
+    assert set(first) == {
+        "audit.json", "audit.md", "distributions.png", "pairs.png", "roc.png", "similarity.png",
+    }  # fmt: skip
+    assert {path.name: path.read_bytes() for path in (folder / "audit").iterdir()} == first
+    assert (folder / "audit").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in (folder / "audit").iterdir()} == {0o600}
+    assert "| FGL one-shot | loss | " in first["audit.md"].decode()
+
+
+def test_a_planted_leak_is_flagged_and_never_printed(make_run):
+    folder = make_run()
+    with (folder / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"label": 7, "prompt": LEAK, "count": 1, "domain": "", "clients": 1}) + "\n")
+
+    said = audit(folder)
+
+    part = result_of(folder)["prompts"]
+    found = {kind: [each["found"] for each in part["examples"][kind]] for kind in ("name", "phone number")}
+    assert found == {"name": ["Anna Kowalski"], "phone number": ["+49 30 1234567"]}
+    assert "1 hold an e-mail address" in said
+    for secret in ("Kowalski", "1234567", "anna.k"):
+        assert secret not in said
+        assert secret not in (folder / "audit" / "audit.md").read_text()
+    page = write_report(folder).read_text()
+    assert "What the run gives away" in page
+    assert "&lt;b&gt;Anna Kowalski&lt;/b&gt;" in page
+    assert "<b>Anna" not in page
+
+
+def test_a_part_that_cannot_be_done_says_why(make_run, tmp_path):
+    said = audit(make_run())  # its checkpoints are no classifiers
+
+    assert "This part could not be done. " in said
+    assert "must hold the weights after round 1" in said
+    assert "The synthetic images do not replicate" in said
+    gone = audit(make_run(**{"run-name": "gone"}), "--data-dir", tmp_path / "gone")
+    assert gone.count("`data-dir` must be a folder") == 2
+
+
+def test_a_run_that_was_not_audited_has_no_such_section(make_run):
+    folder = make_run()
+
+    assert "What the run gives away" not in write_report(folder).read_text()
+
+    (folder / "audit").mkdir()
+    (folder / "audit" / "audit.json").write_text("{}")
+    assert "cannot be read (KeyError)" in write_report(folder).read_text()
+
+
+def test_embeddings_are_read_back_and_their_words_audited(train_run):
+    folder = train_run(
+        "embeddings", prompt_level="embedding", embedding_summary="none", max_train_images=30,
+        min_samples_per_client=1, num_server_rounds=1,
+    )  # fmt: skip
+
+    said = audit(folder)
+
+    part = result_of(folder)["prompts"]
+    assert part["embeddings"]["certain"] == part["embeddings"]["tried"] == 16
+    assert all("handwritten" in text or "printed" in text for text in part["embeddings"]["texts"])
+    assert part["embeddings"]["words_found"][0] == 1
+    assert (folder / "audit" / "noise.png").read_bytes()[:4] == b"\x89PNG"
+    assert "The words of 16 of 16 embeddings that were tried could be read back with certainty" in said
+
+
+def test_prompts_of_the_server_say_nothing_of_a_client(train_run):
+    said = audit(train_run("server", method="gpt-fl", num_server_rounds=1))
+
+    assert "The server wrote the prompts from the class names alone" in said
+
+
+def test_a_client_reads_its_own_captions(tmp_path):
+    file = tmp_path / "captions.jsonl"
+    file.write_text(json.dumps(["ab12", LEAK]) + "\n" + json.dumps(["cd34", "a thin upright handwritten one"]) + "\n")
+
+    done = CliRunner().invoke(cli, ["audit-captions", str(file), str(tmp_path / "found")])
+
+    content = json.loads((tmp_path / "found" / "audit.json").read_text())["prompts"]
+    assert content["prompts_with"]["e-mail address"] == 1
+    assert content["num_prompts"] == 2
+    assert "1 hold a phone number" in done.output
+    assert "Kowalski" not in done.output
+    with pytest.raises(RunFolderError, match="must be a text file of captions"):
+        raise CliRunner().invoke(cli, ["audit-captions", str(tmp_path / "gone"), str(tmp_path)]).exception
+
+
+def test_plain_lines_and_prompts_are_captions_too(tmp_path):
+    file = tmp_path / "lines.txt"
+    file.write_text('a dog\n{"label": 3, "prompt": "a cat", "count": 4}\n\na dog\n')
+
+    CliRunner().invoke(cli, ["audit-captions", str(file), str(tmp_path / "found")])
+
+    content = json.loads((tmp_path / "found" / "audit.json").read_text())["prompts"]
+    assert content["images_per_class"] == {"0": 2, "3": 4}
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_a_number_of_shadow_models_that_leaves_images_in_is_refused(make_fedavg, number):
+    with pytest.raises(ConfigError, match="`--shadow-models` must be 0 or an even number from 4 on"):
+        audit(make_fedavg(), "--shadow-models", number)
+
+
+def an_audit(run_config, seed, gaps, **settings):
+    """``audit.json`` of a made-up run."""
+    flat = run_config | {"seed": seed, "run-name": f"run-{seed}"} | settings
+    rounds = {1: gaps} if flat["method"] == "fedavg" else {1: gaps, flat["num-server-rounds"]: gaps}
+    models = [
+        {
+            "round": server_round,
+            "measures": {
+                name: {"gap": {"value": gap}, "auc": {"value": 0.5 + gap}, "tpr": dict.fromkeys(("0.01", "0.001"), {"value": gap})}
+                for name, gap in zip(SIGNS, of_round, strict=True)
+            },
+        }
+        for server_round, of_round in rounds.items()
+    ]  # fmt: skip
+    return {"run": {"seed": seed, "run_config": flat}, "membership": {"models": models}}
+
+
+def test_runs_are_grouped_by_method_over_their_seeds(run_config):
+    entropies = [0.1, 0.2, 0.6]
+    fedavg = {"method": "fedavg", "num-server-rounds": 1}
+    audits = [an_audit(run_config, seed, [gap, 0.3, 0.3, 0.3], **fedavg) for seed, gap in enumerate(entropies)]
+    audits += [an_audit(run_config, seed, [0.4, 0.1, 0.1, 0.2]) for seed in range(3)]
+
+    lines = comparison(audits)
+
+    mean, sd = statistics.fmean(entropies), statistics.stdev(entropies)
+    half = student.ppf(0.975, 2) * sd / math.sqrt(3)
+    row = next(line for line in lines if "FedAvg, 1 round" in line)
+    assert row.startswith(
+        f"| digits, β = 0.01 | FedAvg, 1 round | {mean:.3f} ± {sd:.3f} [{mean - half:.3f}, {mean + half:.3f}] | 0.300 ±"
+    )
+    assert (
+        "- digits, β = 0.01: the mean gaps of FGL, 2 rounds are below those of FedAvg, 1 round on 3 of 4 measures; not on "
+        "entropy." in lines
+    )
+
+
+def test_runs_that_differ_in_a_setting_are_not_mixed(run_config):
+    gaps = [0.1, 0.1, 0.1, 0.1]
+    audits = [an_audit(run_config, 0, gaps, **{"learning-rate": rate}) for rate in (0.01, 0.02)]
+
+    lines = comparison(audits)
+
+    methods = {line.split(" | ")[1] for line in lines if line.startswith("| digits")}
+    # No client has trained before the one-shot model, which is one and the same.
+    assert methods == {"FGL one-shot", "FGL, 2 rounds (learning-rate = 0.01)", "FGL, 2 rounds (learning-rate = 0.02)"}
+
+
+def test_nothing_to_compare_is_no_table():
+    assert comparison([{"run": {"run_config": {}, "seed": 0}, "membership": {"findings": ["no images"]}}]) == []
