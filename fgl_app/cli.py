@@ -83,16 +83,19 @@ def audit_command(
             "torchvision, or a vision model of transformers by folder or hub id."
         ),
     ] = "pixels",
-    shadow_models: Annotated[int, typer.Option(help="Shadow models of LiRA, an even number; 0 for none.", min=0)] = 0,
+    shadow_models: Annotated[
+        int, typer.Option(help="Shadow models of LiRA, an even number; 0 for none. Each costs a training.", min=0)
+    ] = 0,
     table: Annotated[
         Path | None, typer.Option(help="Write the table of all runs, grouped by method over seeds, to this file.")
     ] = None,
 ) -> None:
     """Measure what finished runs give away: members, replicas, prompts. Writes audit/ in each; nothing is sent."""
-    from fgl_app.audit.command import audit_run, findings_of
+    from fgl_app.audit.command import audit_run, check_runs, findings_of
     from fgl_app.audit.tables import comparison
     from fgl_app.files import write_atomically
 
+    check_runs(runs, shadow_models)
     results = []
     for run in runs:
         results.append(

@@ -47,7 +47,6 @@ def audit_run(
         RunFolderError: If the folder holds no finished run, or cannot be written.
         ConfigError: If an option is wrong, or this version does not understand the run's settings.
     """
-    check_number(shadow_models)
     material = open_material(path, data_dir, data_paths)
     checks = {
         "membership": _done(lambda: check_membership(material, shadow_models)),
@@ -61,6 +60,18 @@ def audit_run(
     }
     _write(material.run.path / "audit", f"Audit of run {material.run.path.resolve().name}", result, checks)
     return result
+
+
+def check_runs(paths: Sequence[Path], shadow_models: int) -> None:
+    """Check runs and options before the first run is audited, which may take minutes each.
+
+    Raises:
+        RunFolderError: If a folder holds no finished run.
+        ConfigError: If the number of shadow models is wrong, or this version does not understand a run's settings.
+    """
+    check_number(shadow_models)
+    for path in paths:
+        open_material(path, None, ())
 
 
 def audit_captions(file: Path, target: Path) -> list[str]:

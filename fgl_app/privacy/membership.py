@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import entr, log_softmax, logsumexp
-from sklearn.metrics import auc, roc_curve
+from sklearn.metrics import roc_curve
 
 Floats = npt.NDArray[np.float64]
 
@@ -23,6 +22,7 @@ FALSE_POSITIVE_RATES = (0.001, 0.01)
 """Where true-positive rates are read off (Carlini et al. 2022, Section IV-A)."""
 CONFIDENCE_LEVEL = 0.95
 """Of the bootstrap intervals."""
+_RESAMPLES_AT_A_TIME = 50
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,15 @@ def attack(
         num_resamples: Bootstrap resamples; members and others are drawn separately.
     """
     scores = sign * np.concatenate([members, others])
-    truth = np.concatenate([np.ones(len(members)), np.zeros(len(others))])
-    found = _statistics(scores, truth, np.ones(len(scores)))
-    drawn = np.array(
+    inside = np.arange(len(scores)) < len(members)
+    found = _statistics(scores, inside, np.ones((1, len(scores))))[0]
+    sizes = np.diff([*range(0, num_resamples, _RESAMPLES_AT_A_TIME), num_resamples]).tolist()
+    drawn = np.concatenate(
         [
-            _statistics(scores, truth, np.concatenate([_resample(len(each), generator) for each in (members, others)]))
-            for _ in range(num_resamples)
+            _statistics(
+                scores, inside, np.hstack([_resamples(len(each), size, generator) for each in (members, others)])
+            )
+            for size in sizes
         ]
     )
     tails = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
@@ -226,19 +229,33 @@ def _log_complements(log_p: Floats) -> Floats:
     return np.asarray(complements)
 
 
-def _resample(number: int, generator: np.random.Generator) -> Floats:
-    """How often each of ``number`` images is drawn in one bootstrap resample."""
-    return np.bincount(generator.integers(0, number, number), minlength=number).astype(np.float64)
+def _resamples(number: int, size: int, generator: np.random.Generator) -> Floats:
+    """How often each of ``number`` images is drawn in each of ``size`` bootstrap resamples, ``[size, number]``."""
+    drawn = generator.integers(0, number, (size, number)) + number * np.arange(size)[:, None]
+    return np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number).astype(np.float64)
 
 
-def _statistics(scores: Floats, truth: Floats, counts: Floats) -> list[float]:
-    """Signed difference of means, AUC and the true-positive rates, each image counted ``counts`` times."""
-    drawn = counts > 0
-    scores, truth, counts = scores[drawn], truth[drawn], counts[drawn]
-    inside = truth == 1
-    difference: Any = np.average(scores[inside], weights=counts[inside]) - np.average(
-        scores[~inside], weights=counts[~inside]
+def _statistics(scores: Floats, inside: npt.NDArray[np.bool_], counts: Floats) -> Floats:
+    """Signed difference of means, AUC and the true-positive rates of many resamples at once, ``[R, 2 + rates]``.
+
+    Args:
+        scores: Score of each image, ``[N]``.
+        inside: Whether it is a member, ``[N]``.
+        counts: How often each image counts in each resample, ``[R, N]``.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.nonzero(np.diff(scores[order]))[0], len(scores) - 1)  # images of equal score fall together
+    rates = []
+    for side in (~inside, inside):
+        found = (counts * side)[:, order].cumsum(axis=1)[:, ends]
+        rates.append(np.pad(found / found[:, -1:], ((0, 0), (1, 0))))
+    fpr, tpr = rates
+    means = [(counts * side) @ scores / (counts * side).sum(axis=1) for side in (inside, ~inside)]
+    return np.stack(
+        [
+            means[0] - means[1],
+            np.trapezoid(tpr, fpr, axis=1),
+            *(np.where(fpr <= rate + 1e-12, tpr, 0).max(axis=1) for rate in FALSE_POSITIVE_RATES),
+        ],
+        axis=1,
     )
-    fpr, tpr, _ = roc_curve(truth, scores, sample_weight=counts, drop_intermediate=False)
-    rates = [float(tpr[fpr <= rate + 1e-12].max()) for rate in FALSE_POSITIVE_RATES]
-    return [float(difference), float(auc(fpr, tpr)), *rates]
