@@ -51,7 +51,7 @@ def audit_run(
     checks = {
         "membership": _done(lambda: check_membership(material, shadow_models)),
         "replication": _done(lambda: check_replication(material, backbone))
-        if material.run.synthesizes
+        if material.settings.synthesizes
         else Check(["The run drew no images."]),
         "prompts": _done(lambda: check_prompts(material), ConfigError),  # the extra may be absent
     }

@@ -90,7 +90,8 @@ def open_material(path: Path, data_dir: Path | None, data_paths: Sequence[Path])
             f"The settings of {str(run.path)!r} must be those of this version, and its card must be where it was, but "
             "they are not. Audit the run with the version that made it."
         )
-    settings = run.settings
+    # The audit may run on another machine than the run.
+    settings = dataclasses.replace(run.settings, run=dataclasses.replace(run.settings.run, device="auto"))
     if data_dir is not None:
         moved = dataclasses.replace(settings.data, data_dir=str(data_dir.expanduser().absolute()))
         settings = dataclasses.replace(settings, data=moved)

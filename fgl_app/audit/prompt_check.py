@@ -34,7 +34,7 @@ def check_prompts(material: Material) -> Check:
     """
     run, settings = material.run, material.settings
     if not run.prompts:
-        return Check(["The method has no prompts."])
+        return Check([f"The {'run has kept' if settings.synthesizes else 'method has'} no prompts."])
     if all(item.clients == 0 for item in run.prompts):
         return Check(["The server wrote the prompts from the class names alone; they say nothing of any client."])
     public = public_words(_public_texts(settings, run.class_names))
@@ -85,13 +85,17 @@ def read_captions(file: Path) -> list[PromptCount]:
 
 def _check_embeddings(material: Material, public: frozenset[str]) -> Check:
     run, settings = material.run, material.settings
-    embeddings = load((run.path / "embeddings.safetensors").read_bytes())
+    file = run.path / "embeddings.safetensors"
+    embeddings = load(file.read_bytes()) if file.exists() else {}
     chosen = spread([item for item in run.prompts if item.prompt in embeddings], MAX_INVERTED)
+    if not chosen:
+        counted = _counts_sentence(_images_per_class(run.prompts), run.class_names)
+        return Check(["The run has not kept its embeddings.", counted])
     found = invert_embeddings(
         [embeddings[item.prompt] for item in chosen],
         settings.synthesis.generator,
         settings.synthesis.generator_revision,
-        material.settings.run.device,
+        settings.run.device,
         settings.run.seed,
     )
     certain = [error < CERTAIN_ERROR for error in found.errors]

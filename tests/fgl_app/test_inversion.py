@@ -43,7 +43,7 @@ def test_the_words_of_an_embedding_are_read_back(readings):
 def test_more_noise_leaves_fewer_words(readings):
     assert list(readings.scales) == list(NOISE_SCALES)
     assert readings.shares[0] == 1
-    assert readings.shares[-1] < readings.shares[1] < 1
+    assert readings.shares[-1] < 0.5
 
 
 def test_clipping_hides_nothing_and_noise_does(encoder):
