@@ -111,6 +111,8 @@ def _groups(results: Sequence[Mapping[str, Any]]) -> list[_Group]:
             name = model_name(flat, model["round"], max(each["round"] for each in models))
             ignored = _IGNORED | (_AFTER_ONE_SHOT if name.endswith("one-shot") else set())
             kept = {key: value for key, value in flat.items() if key not in ignored}
+            if kept["initial-weights"] not in ("random", "imagenet"):
+                kept["initial-weights"] = "checkpoint"  # a file of its own for each seed
             key = (data_name(flat), name, *map(str, kept.values()))
             settings[key] = (data_name(flat), name, kept)
             measures[key].setdefault(int(result["run"]["seed"]), model["measures"])

@@ -72,6 +72,17 @@ def test_an_over_trained_run_is_told_from_a_one_shot_model(train_run, tmp_path):
     assert re.search(r"the mean gaps of FGL one-shot are below those of FedAvg, 1 round on [34] of 4 measures", table)
 
 
+def test_centralized_training_is_audited_with_shadow_models(train_run):
+    folder = train_run("all", method="centralized", max_train_images=40, num_server_rounds=1, local_epochs=20)
+
+    said = audit(folder, "--shadow-models", 4)
+
+    (model,) = result_of(folder)["membership"]["models"]
+    assert (model["name"], result_of(folder)["membership"]["num_members"]) == ("Centralized, 1 round", 40)
+    assert "LiRA" in model["measures"]
+    assert "The run drew no images." in said
+
+
 def test_everything_is_written_for_the_owner_alone_and_the_same_twice(train_run):
     folder = train_run("fgl")
 
@@ -228,6 +239,15 @@ def test_runs_that_differ_in_a_setting_are_not_mixed(run_config):
     methods = {line.split(" | ")[1] for line in lines if line.startswith("| digits")}
     # No client has trained before the one-shot model, which is one and the same.
     assert methods == {"FGL one-shot", "FGL, 2 rounds (learning-rate = 0.01)", "FGL, 2 rounds (learning-rate = 0.02)"}
+
+
+def test_runs_that_start_from_checkpoints_of_their_seeds_are_one_method(run_config):
+    audits = [
+        an_audit(run_config, seed, [0.1] * 4, method="fedavg", **{"initial-weights": f"/runs/{seed}/round-0001"})
+        for seed in range(3)
+    ]
+
+    assert sum(line.startswith("| digits") for line in comparison(audits)) == 4  # one row in each of the tables
 
 
 def test_nothing_to_compare_is_no_table():
