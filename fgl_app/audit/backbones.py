@@ -19,7 +19,7 @@ from fgl_app.foundation_models import locate
 from fgl_app.training import normalize
 
 PIXELS_PX = 32
-"""Side at which pixels are compared: smaller than noise, larger than what tells two images apart."""
+"""Side at which pixels are compared; larger images are averaged down to it, so that noise does not hide a copy."""
 _BATCH = 64
 
 

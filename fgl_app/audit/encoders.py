@@ -20,7 +20,7 @@ MAX_INVERTED = 16
 """Embeddings of a run that are read back."""
 NOISE_SCALES = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Standard deviations of the noise that is tried, as multiples of the root mean square of an embedding's entries."""
-_NUM_NOISED = 6
+_NUM_NOISED = 4
 _WHOLE_VOCABULARY = 4_096
 _COMMON_WORDS = 3_000
 

@@ -147,7 +147,7 @@ def _table(
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
-    """Mean, standard deviation and Student's interval of the mean."""
+    """Mean, standard deviation and Student's interval of the mean; nothing that is shown can be negative."""
     if not values:
         return ""
     mean = statistics.fmean(values)
@@ -155,7 +155,7 @@ def _mean(values: Sequence[float], digits: int) -> str:
         return f"{mean:.{digits}f}"
     deviation = statistics.stdev(values)
     half = float(student.ppf((1 + _LEVEL) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f} [{max(0.0, mean - half):.{digits}f}, {mean + half:.{digits}f}]"
 
 
 def _verdicts(groups: Sequence[_Group]) -> list[str]:

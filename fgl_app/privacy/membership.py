@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 SIGNS: Mapping[str, int] = {"entropy": -1, "loss": -1, "confidence": 1, "modified entropy": -1}
 """The measures in the order of FGL's Table 3; 1 where members have larger values, -1 where smaller."""
 FALSE_POSITIVE_RATES = (0.001, 0.01)
-"""Where true-positive rates are read off (Carlini et al. 2022, Section IV-A)."""
+"""Where true-positive rates are read off, as Carlini et al. 2022 do."""
 CONFIDENCE_LEVEL = 0.95
 """Of the bootstrap intervals."""
 _RESAMPLES_AT_A_TIME = 50
@@ -83,7 +83,7 @@ def measures(logits: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, Floats]:
 
 
 def scaled_confidence(logits: npt.ArrayLike, labels: npt.ArrayLike) -> Floats:
-    """Return log(p / (1 - p)) of the true class's probability p, about normal over models (Carlini et al. 2022, Eq. 3).
+    """Return log(p / (1 - p)) of the true class's probability p, about normal over models (Carlini et al. 2022).
 
     Args:
         logits: ``[N, K]``, finite, K at least 2.

@@ -19,7 +19,7 @@ from fgl_app.server_app import check_settings, run
 
 LEAK = "seven, <b>Anna Kowalski</b>, +49 30 1234567, anna.k@example.org"
 OVER_TRAINED = {
-    "method": "fedavg", "image_size": 16, "max_train_images": 80, "num_clients": 2, "partition": "iid",
+    "method": "fedavg", "image_size": 8, "max_train_images": 80, "num_clients": 2, "partition": "iid",
     "num_server_rounds": 1, "local_epochs": 30, "batch_size": 16, "augmentation": "none",
 }  # fmt: skip
 
@@ -141,7 +141,7 @@ def test_a_run_that_was_not_audited_has_no_such_section(make_run):
 
 def test_embeddings_are_read_back_and_their_words_audited(train_run):
     folder = train_run(
-        "embeddings", prompt_level="embedding", embedding_summary="none", max_train_images=20,
+        "embeddings", prompt_level="embedding", embedding_summary="none", max_train_images=12,
         min_samples_per_client=1, num_server_rounds=1, num_clients=1,
     )  # fmt: skip
 
@@ -224,7 +224,7 @@ def test_runs_are_grouped_by_method_over_their_seeds(run_config):
     half = student.ppf(0.975, 2) * sd / math.sqrt(3)
     row = next(line for line in lines if "FedAvg, 1 round" in line)
     assert row.startswith(
-        f"| digits, β = 0.01 | FedAvg, 1 round | {mean:.3f} ± {sd:.3f} [{mean - half:.3f}, {mean + half:.3f}] | 0.300 ±"
+        f"| digits, β = 0.01 | FedAvg, 1 round | {mean:.3f} ± {sd:.3f} [{max(0, mean - half):.3f}, {mean + half:.3f}] | 0.300 ±"
     )
     verdict = "the mean gaps of FGL, 2 rounds are below those of FedAvg, 1 round on 3 of 4 measures; not on entropy."
     assert f"- digits, β = 0.01: {verdict}" in lines
