@@ -37,6 +37,7 @@ def check_membership(material: Material, shadow_models: int) -> Check:
     images = attacked_images(material)
     device = pick_device(material.settings.run.device)
     shadows = _Shadows(material, images, shadow_models, device) if shadow_models else None
+    shown = LIRA if shadow_models else "loss"
     flat = material.run.config["run_config"]
     models, values, curves, sentences = [], {}, {}, []
     for server_round in material.audited_rounds():
@@ -51,9 +52,7 @@ def check_membership(material: Material, shadow_models: int) -> Check:
         for measure, (members, others) in scores.items():
             generator = numpy_generator(material.settings.run.seed, "audit", "bootstrap", server_round, measure)
             attacks[measure] = attack(members, others, SIGNS.get(measure, 1), generator)
-        curves[name] = roc(
-            *scores[LIRA if LIRA in scores else "loss"], SIGNS.get("loss" if LIRA not in scores else LIRA, 1)
-        )
+        curves[name] = roc(*scores[shown], SIGNS.get(shown, 1))
         models.append(
             {
                 "name": name,

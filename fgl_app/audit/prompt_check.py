@@ -141,13 +141,16 @@ def _check_embeddings(material: Material, public: frozenset[str]) -> Check:
 
 def _described(audited: PromptAudit, class_names: Sequence[str], who: str) -> Check:
     sentences = [
-        f"{who} gave {audited.num_prompts:,} distinct prompts for {audited.num_images:,} images; "
-        f"{audited.from_one_client:,} of them come from a single client, {audited.of_one_image:,} stand for a single "
-        "image.",
+        f"{who} gave {audited.num_prompts:,} distinct prompts for {audited.num_images:,} images: "
+        f"{audited.from_one_client:,} sent by a single client, {audited.of_one_image:,} made of a single image.",
         _counts_sentence(audited.images_per_class, class_names),
     ]
     held = {kind: audited.prompts_with(kind) for kind in KINDS}
-    named = [f"{count:,} hold a {kind}".replace("a e-mail", "an e-mail") for kind, count in held.items() if count]
+    named = [
+        f"{count:,} {'holds' if count == 1 else 'hold'} {'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+        for kind, count in held.items()
+        if count
+    ]
     absent = [kind for kind, count in held.items() if not count]
     if named:
         sentences.append(f"Of the prompts, {', '.join(named)}; audit.json lists them.")

@@ -109,7 +109,7 @@ def test_a_planted_leak_is_flagged_and_never_printed(make_run):
     part = result_of(folder)["prompts"]
     found = {kind: [each["found"] for each in part["examples"][kind]] for kind in ("name", "phone number")}
     assert found == {"name": ["Anna Kowalski"], "phone number": ["+49 30 1234567"]}
-    assert "1 hold an e-mail address" in said
+    assert "1 holds an e-mail address" in said
     for secret in ("Kowalski", "1234567", "anna.k"):
         assert secret not in said
         assert secret not in (folder / "audit" / "audit.md").read_text()
@@ -170,7 +170,7 @@ def test_a_client_reads_its_own_captions(tmp_path):
     content = json.loads((tmp_path / "found" / "audit.json").read_text())["prompts"]
     assert content["prompts_with"]["e-mail address"] == 1
     assert content["num_prompts"] == 2
-    assert "1 hold a phone number" in done.output
+    assert "1 holds a phone number" in done.output
     assert "Kowalski" not in done.output
     with pytest.raises(RunFolderError, match="must be a text file of captions"):
         raise CliRunner().invoke(cli, ["audit-captions", str(tmp_path / "gone"), str(tmp_path)]).exception
