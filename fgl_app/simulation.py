@@ -27,7 +27,6 @@ from fgl_app import tiny
 from fgl_app.config import APP_FOLDER, default_run_config, parse_run_config
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.foundation_models import check_model_source
-from fgl_app.server_app import check_settings
 from fgl_app.settings import RunConfigValue
 
 _START_TIMEOUT_S = 60.0
@@ -57,7 +56,10 @@ def simulate(
         RunFailedError: If the run did not complete.
     """
     chosen = dict(overrides) | {"num-clients": num_clients}
-    settings = check_settings(parse_run_config(default_run_config() | chosen))
+    settings = parse_run_config(default_run_config() | chosen)
+    from fgl_app.server_app import check_settings  # seconds of import, which a misspelt key does not wait for
+
+    check_settings(settings)
     if settings.prompts.prompt_level != "class":  # the clients are on this machine
         check_model_source(
             "captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json", tiny.CAPTIONER
