@@ -13,6 +13,7 @@ from fgl_app.config import APP_FOLDER
 
 pytestmark = pytest.mark.e2e
 
+
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("domains")
