@@ -8,7 +8,7 @@ from logging import ERROR, INFO
 from typing import cast
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import nn
@@ -25,13 +25,12 @@ from fgl_app.records import (
     CLASS_NAMES,
     CLIENT,
     CONFIG,
-    EQUAL_WEIGHT,
     METRICS,
-    NUM_EXAMPLES,
     Upload,
     client_record,
     evaluation_metrics,
     prompts_reply,
+    training_metrics,
 )
 from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings
@@ -82,7 +81,7 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
     if settings.prompts.prompt_level == "embedding":
         upload = _embedded(written, settings, data)
     log(INFO, "client %s sends %s distinct prompts", data.partition_id, len(upload.prompts))
-    return prompts_reply(upload, len(data.train), data.partition_id)
+    return prompts_reply(upload, len(data.train), data.partition_id, data.num_unreadable)
 
 
 def train(message: Message, settings: Settings, context: Context) -> RecordDict:
@@ -103,14 +102,12 @@ def train(message: Message, settings: Settings, context: Context) -> RecordDict:
         ),
         device=pick_device(settings.run.device),
     )
-    metrics: dict[str, int | float | list[int] | list[float]] = {
-        NUM_EXAMPLES: len(data.train),
-        EQUAL_WEIGHT: 1,
-        "loss": loss,
-        "train_loss": loss,
-    }
     return RecordDict(
-        {ARRAYS: to_arrays(model), METRICS: MetricRecord(metrics), CLIENT: client_record(data.partition_id)}
+        {
+            ARRAYS: to_arrays(model),
+            METRICS: training_metrics(len(data.train), loss),
+            CLIENT: client_record(data.partition_id),
+        }
     )
 
 

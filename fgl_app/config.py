@@ -68,13 +68,15 @@ _AT_LEAST: dict[str, float] = {
     "embedding-epsilon": 0, "images-per-class": 1, "num-inference-steps": 1, "guidance-scale": 0,
     "guidance-start": 0, "guidance-stop": 0, "deep-cache-interval": 1, "generation-size": 0, "stored-size": 8,
     "synthesis-batch-size": 1, "synthesis-workers": 0, "synthesis-wait-s": 0, "filter-attempts": 0,
-    "batch-size": 2, "server-epochs": 1,
-    "server-finetune-epochs": 0, "local-epochs": 1,
+    "batch-size": 2, "server-epochs": 1, "server-finetune-epochs": 0, "local-epochs": 1, "min-clients": 0,
+    "max-prompts-per-client": 1, "max-prompt-chars": 1, "max-update-norm": 0,
 }  # fmt: skip
 _POSITIVE = {
     "dirichlet-beta": "0.01 (extreme skew) to 100 (almost IID)",
     "connect-timeout-s": "120",
-    "round-timeout-s": "3600",
+    "prompt-deadline-s": "43200",
+    "round-deadline-s": "3600",
+    "max-client-share": "1",
     "server-learning-rate": "0.01",
     "learning-rate": "0.01",
     "fraction-train": "1",
@@ -208,11 +210,14 @@ def _check_ranges(settings: Settings) -> None:
     for key in ("store-dir", "data-dir"):
         if flat[key] and not Path(str(flat[key])).expanduser().is_absolute():
             raise ConfigError(f'`{key}` must be empty or an absolute folder, but is {flat[key]!r}. Use for example "".')
-    if not settings.training.fraction_train <= 1:
-        raise ConfigError(f"`fraction-train` must be at most 1, but is {settings.training.fraction_train:g}. Use 1.")
-    for key in ("guidance-start", "guidance-stop"):
+    for key in ("fraction-train", "guidance-start", "guidance-stop", "max-client-share"):
         if typing.cast(float, flat[key]) > 1:
-            raise ConfigError(f"`{key}` must be a share of the steps, at most 1, but is {flat[key]:g}. Use 1.")
+            raise ConfigError(f"`{key}` must be a share, at most 1, but is {flat[key]:g}. Use 1.")
+    if settings.policy.min_clients > settings.run.num_clients:
+        raise ConfigError(
+            f"`min-clients` must be at most `num-clients`, which is {settings.run.num_clients}, but is "
+            f"{settings.policy.min_clients}. Use 0 for all of them."
+        )
     if not 0 < settings.prompts.embedding_delta < 1:
         raise ConfigError(
             f"`embedding-delta` must lie between 0 and 1, but is {settings.prompts.embedding_delta:g}. Use 1e-5."

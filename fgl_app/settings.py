@@ -31,13 +31,9 @@ class RunSettings:
     seed: int
     """Seed of everything random."""
     num_clients: int
-    """Clients that must be connected before the run begins."""
+    """Clients of the federation."""
     num_server_rounds: int
     """Rounds as the paper counts them: 1 = one-shot, 5 = prompt round and 4 FedAvg rounds."""
-    connect_timeout_s: float
-    """Seconds to wait for the clients to connect."""
-    round_timeout_s: float
-    """Seconds to wait for the replies of one exchange; captioning is the longest."""
     device: str
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
 
@@ -202,6 +198,35 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class PolicySettings:
+    """How long the server waits for the clients, and what it accepts of them."""
+
+    min_clients: int
+    """Quorum: so many clients must be connected when ``connect-timeout-s`` is over, and so many usable replies must
+    come in every exchange, or all where fewer are asked; else the run ends, and keeps what it has. 0: all of
+    ``num-clients`` must be connected, and one usable reply is enough."""
+    connect_timeout_s: float
+    """Seconds to wait for the clients to connect."""
+    prompt_deadline_s: float
+    """Seconds to wait for the clients' prompts; captioning may take hours. Prompts that come later, but before all
+    images are drawn, are merged."""
+    round_deadline_s: float
+    """Seconds to wait for the replies in a round; slower clients are left out of it."""
+    max_prompts_per_client: int
+    """Distinct prompts accepted of one client."""
+    max_prompt_chars: int
+    """Longest prompt accepted, characters."""
+    blocked_words: str
+    """Words and phrases, separated by commas, that no prompt may hold, or the absolute path of a file with one per
+    line."""
+    max_client_share: float
+    """Largest share of a class's images that the prompts of one client may claim, > 0 to 1; 1 is no limit. A class
+    that one client holds alone stays its own."""
+    max_update_norm: float
+    """Largest L2 norm of a client's update, over all weights and statistics; 0 is no limit."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that a run was asked for, with the card's values where it left them to the card."""
 
@@ -210,6 +235,7 @@ class Settings:
     prompts: PromptSettings
     synthesis: SynthesisSettings
     training: TrainingSettings
+    policy: PolicySettings
     card: Card
 
     def flat(self) -> dict[str, RunConfigValue]:
@@ -253,6 +279,7 @@ SECTIONS = {
     "prompts": PromptSettings,
     "synthesis": SynthesisSettings,
     "training": TrainingSettings,
+    "policy": PolicySettings,
 }
 """The parts of :class:`Settings` that hold keys of the run configuration."""
 

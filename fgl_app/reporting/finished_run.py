@@ -81,7 +81,7 @@ def read_run(path: Path) -> FinishedRun:
         class_names = tuple(confusion["class_names"])
     prompts: tuple[PromptCount, ...] = ()
     if (folder / "prompts.jsonl").exists():
-        class_names = tuple(_read(folder, "prompts_upload.json")["class_names"])
+        class_names = tuple(_read(folder, "prompt_round.json")["class_names"])
         prompts = tuple(PromptCount(**row) for row in read_json_lines(folder / "prompts.jsonl"))
     return FinishedRun(folder, config, results, settings, class_names, confusion, prompts)
 

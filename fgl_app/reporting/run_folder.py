@@ -24,8 +24,8 @@ from fgl_app.settings import Settings
 # A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
 _FREE_KEYS = {
     "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-batch-size",
-    "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "connect-timeout-s",
-    "round-timeout-s", "data-dir",
+    "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "data-dir",
+    "min-clients", "connect-timeout-s", "prompt-deadline-s", "round-deadline-s",
 }  # fmt: skip
 IDENTITIES = ("card", "generator", "captioner")
 """What is known by its content: a run does not go on, nor counts in a comparison, with another."""
@@ -92,25 +92,25 @@ class RunFolder:
                     "changed since. Use another `run-name`."
                 )
 
-    def save_prompts(self, merged: MergedPrompts, upload: Mapping[str, int] | None) -> None:
-        """Keep the merged prompts, readable by the owner alone, and the bytes that they took; None if none was sent."""
+    def save_prompts(self, merged: MergedPrompts, exchange: Mapping[str, Any] | None) -> None:
+        """Keep the merged prompts, readable by the owner alone, and what is known of the exchange; None without one."""
         write_json(
-            self.path / "prompts_upload.json",
-            {"class_names": list(merged.class_names), "upload": None if upload is None else dict(upload)},
+            self.path / "prompt_round.json",
+            {"class_names": list(merged.class_names), "exchange": None if exchange is None else dict(exchange)},
         )
         if merged.embeddings:
             write_atomically(self.embeddings, save(dict(merged.embeddings)), mode=0o600)
         write_json_lines(self.path / "prompts.jsonl", [asdict(item) for item in merged.prompts], mode=0o600)
 
-    def load_prompts(self) -> tuple[MergedPrompts, dict[str, int] | None] | None:
-        """Return the merged prompts of an earlier start and their upload, or None."""
+    def load_prompts(self) -> tuple[MergedPrompts, dict[str, Any] | None] | None:
+        """Return the merged prompts of an earlier start and what is known of the exchange, or None."""
         rows = read_json_lines(self.path / "prompts.jsonl")
         if not rows:
             return None
-        kept: dict[str, Any] = json.loads((self.path / "prompts_upload.json").read_text("utf-8"))
+        kept: dict[str, Any] = json.loads((self.path / "prompt_round.json").read_text("utf-8"))
         embeddings = load(self.embeddings.read_bytes()) if self.embeddings.exists() else {}
         merged = MergedPrompts(tuple(PromptCount(**row) for row in rows), tuple(kept["class_names"]), embeddings)
-        return merged, kept["upload"]
+        return merged, kept["exchange"]
 
     def save_round(
         self, row: Mapping[str, Any], arrays: ArrayRecord, memory: Mapping[str, torch.Tensor] | None = None

@@ -5,9 +5,11 @@ from fgl_app.prompts import (
     MAX_PROMPT_CHARS,
     PromptBudget,
     PromptCount,
+    PromptLimits,
     class_prompts,
     instance_prompts,
     merge_prompts,
+    screen_prompts,
     spread_budget,
 )
 from fgl_app.records import Upload, decode_prompts, encode_prompts, label_prompts
@@ -78,7 +80,12 @@ def test_what_a_captioner_says_becomes_one_printable_line():
 def test_whatever_a_caption_holds_the_server_accepts_the_prompt(caption):
     prompts = instance_prompts([0], [caption], ["cat"], "{class}, {caption}")
 
-    assert label_prompts(decode_prompts(encode_prompts(Upload(prompts, ("cat",)))), ["cat"]) == prompts
+    kept, refused = screen_prompts(
+        decode_prompts(encode_prompts(Upload(prompts, ("cat",)))), PromptLimits(1, MAX_PROMPT_CHARS)
+    )
+
+    assert label_prompts(kept, ["cat"]) == prompts
+    assert not refused
 
 
 def test_several_templates_give_several_prompts_of_each_class():
