@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import math
 import time
@@ -22,7 +23,7 @@ from fgl_app import tiny
 from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import client_rows, load_held_out, load_split
-from fgl_app.errors import ConfigError, FGLError, RoundError
+from fgl_app.errors import ConfigError, FGLError, RoundError, RunFolderError
 from fgl_app.foundation_models import check_model_source, text_width
 from fgl_app.models import check_model
 from fgl_app.phases import (
@@ -48,6 +49,8 @@ from strategies import FGL, CheckedRounds
 from strategies.inner import build_inner
 from strategies.prompt_round import PromptRound
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
 app = ServerApp()
 
 
@@ -59,6 +62,15 @@ def main(grid: Grid, context: Context) -> None:
     except FGLError as error:
         log(ERROR, "error: %s", error)
         raise
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        failure = RunFolderError(
+            f"The disk of `output-dir` must take what the run writes, but does not ({error.strerror}). Make room; what "
+            "is finished is kept: start the run again with the same `run-name`."
+        )
+        log(ERROR, "error: %s", failure)
+        raise failure from error
 
 
 def check_settings(settings: Settings) -> Settings:
