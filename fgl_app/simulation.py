@@ -7,6 +7,7 @@ environment of whoever started it first. Here each run starts its SuperLink, che
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -17,7 +18,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -147,11 +147,11 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            return
-        except OSError:  # urllib's errors are OSErrors
-            pass
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == http.client.OK:
+                return
         time.sleep(0.2)
     tail = log_path.read_text("utf-8", "replace")[-2000:]
     raise RunFailedError(f"The SuperLink must start within {_START_TIMEOUT_S:g} s, but did not. Its log ends:\n{tail}")
