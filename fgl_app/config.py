@@ -70,6 +70,8 @@ _AT_LEAST: dict[str, float] = {
     "synthesis-batch-size": 1, "synthesis-workers": 0, "synthesis-wait-s": 0, "filter-attempts": 0,
     "batch-size": 2, "server-epochs": 1, "server-finetune-epochs": 0, "local-epochs": 1, "min-clients": 0,
     "max-prompts-per-client": 1, "max-prompt-chars": 1, "max-update-norm": 0,
+    "max-caption-words": 0, "classes-epsilon": 0, "min-clients-per-prompt": 1, "client-dp-noise": 0,
+    "example-dp-noise": 0,
 }  # fmt: skip
 _POSITIVE = {
     "dirichlet-beta": "0.01 (extreme skew) to 100 (almost IID)",
@@ -77,6 +79,9 @@ _POSITIVE = {
     "prompt-deadline-s": "43200",
     "round-deadline-s": "3600",
     "max-client-share": "1",
+    "counts-epsilon": "1",
+    "client-dp-clip": "1",
+    "example-dp-clip": "1",
     "server-learning-rate": "0.01",
     "learning-rate": "0.01",
     "fraction-train": "1",
@@ -218,10 +223,9 @@ def _check_ranges(settings: Settings) -> None:
             f"`min-clients` must be at most `num-clients`, which is {settings.run.num_clients}, but is "
             f"{settings.policy.min_clients}. Use 0 for all of them."
         )
-    if not 0 < settings.prompts.embedding_delta < 1:
-        raise ConfigError(
-            f"`embedding-delta` must lie between 0 and 1, but is {settings.prompts.embedding_delta:g}. Use 1e-5."
-        )
+    for key in ("embedding-delta", "counts-delta", "dp-delta"):
+        if not 0 < typing.cast(float, flat[key]) < 1:
+            raise ConfigError(f"`{key}` must lie between 0 and 1, but is {flat[key]:g}. Use 1e-5.")
     unknown = [name for name in tracker_names(settings.run.trackers) if name not in TRACKERS]
     if unknown:
         raise ConfigError(f"`trackers` must list {', '.join(TRACKERS)} or nothing, but holds {unknown[0]!r}.")

@@ -227,6 +227,48 @@ class PolicySettings:
 
 
 @dataclass(frozen=True)
+class PrivacySettings:
+    """Defences, all off by default; SECURITY.md says what each one stops."""
+
+    scrub: Literal["off", "on", "strict"]
+    """What clients remove from captions: ``on``: contacts, numbers, names and places; ``strict``: rare words, too."""
+    caption_vocabulary: str
+    """Absolute path, on each client, of a text file with the words that captions may hold, one per line; all others
+    are removed. Empty for any."""
+    max_caption_words: int
+    """Captions are cut behind so many words; 0 for no cut."""
+    prompt_counts: Literal["exact", "noised", "withheld"]
+    """Numbers of images that clients report with their prompts: ``noised``: discrete Laplace noise, and prompts whose
+    noised count is small are not sent; ``withheld``: all 1."""
+    counts_epsilon: float
+    """Epsilon of noised counts, for one image more or less."""
+    counts_delta: float
+    """Delta of noised counts: the probability that a prompt of one image is sent at all."""
+    classes_epsilon: float
+    """Randomized response on which classes a client holds, epsilon per class; 0 for the truth."""
+    require_approval: bool
+    """Whether prompts wait on each client until its owner approves them with ``fgl approve``."""
+    min_clients_per_prompt: int
+    """A caption is used only if so many clients sent it or one that differs in case, digits and punctuation alone;
+    otherwise the class's own prompt takes its place."""
+    retain_prompts: bool
+    """Whether the server keeps the prompts after the images are drawn."""
+    client_dp: Literal["off", "fixed", "adaptive", "client-fixed", "client-adaptive"]
+    """Differential privacy of each client's whole data in the rounds, by Flower's strategies: clipping on the server or
+    on the clients, to a fixed norm or to an adaptive one."""
+    client_dp_noise: float
+    """Noise multiplier: standard deviation of the noise on the sum of updates, in clipping norms."""
+    client_dp_clip: float
+    """Clipping norm of an update; the first one where it is adaptive."""
+    example_dp_noise: float
+    """Noise multiplier of DP-SGD on the clients, which protects single images; 0 for ordinary SGD."""
+    example_dp_clip: float
+    """Clipping norm of the gradient of one image in DP-SGD."""
+    dp_delta: float
+    """Delta at which the epsilon of the rounds is stated."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that a run was asked for, with the card's values where it left them to the card."""
 
@@ -236,6 +278,7 @@ class Settings:
     synthesis: SynthesisSettings
     training: TrainingSettings
     policy: PolicySettings
+    privacy: PrivacySettings
     card: Card
 
     def flat(self) -> dict[str, RunConfigValue]:
@@ -280,6 +323,7 @@ SECTIONS = {
     "synthesis": SynthesisSettings,
     "training": TrainingSettings,
     "policy": PolicySettings,
+    "privacy": PrivacySettings,
 }
 """The parts of :class:`Settings` that hold keys of the run configuration."""
 
