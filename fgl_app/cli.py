@@ -67,6 +67,63 @@ def report_command(
         typer.echo(write_report(run))
 
 
+@cli.command("audit")
+def audit_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, e.g. ~/fgl-runs/digits")],
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the data set lies, if not where the run found it.")
+    ] = None,
+    data_path: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a client, for runs on folders of their own; several times.")
+    ] = None,
+    backbone: Annotated[
+        str,
+        typer.Option(
+            help="Features that are searched for replicas: pixels, classifier (the run's own), a classifier of "
+            "torchvision, or a vision model of transformers by folder or hub id."
+        ),
+    ] = "pixels",
+    shadow_models: Annotated[int, typer.Option(help="Shadow models of LiRA, an even number; 0 for none.", min=0)] = 0,
+    table: Annotated[
+        Path | None, typer.Option(help="Write the table of all runs, grouped by method over seeds, to this file.")
+    ] = None,
+) -> None:
+    """Measure what finished runs give away: members, replicas, prompts. Writes audit/ in each; nothing is sent."""
+    from fgl_app.audit.command import audit_run, findings_of
+    from fgl_app.audit.tables import comparison
+    from fgl_app.files import write_atomically
+
+    results = []
+    for run in runs:
+        results.append(
+            audit_run(
+                run, data_dir=data_dir, data_paths=data_path or [], backbone=backbone, shadow_models=shadow_models
+            )
+        )
+        typer.echo(f"{run}:")
+        for sentence in findings_of(results[-1]):
+            typer.echo(f"  {sentence}")
+        typer.echo(f"  all of it: {run.expanduser() / 'audit' / 'audit.md'}")
+    lines = comparison(results)
+    if table is not None:
+        write_atomically(table.expanduser(), "\n".join(lines).encode())
+    elif len(runs) > 1:
+        typer.echo("\n".join(lines))
+
+
+@cli.command("audit-captions")
+def audit_captions_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A client's captions or prompts, one a line.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for audit.json and audit.md.")],
+) -> None:
+    """Say what one client's own captions reveal, at its side, before or after a run."""
+    from fgl_app.audit.command import audit_captions
+
+    for sentence in audit_captions(file, target.expanduser()):
+        typer.echo(sentence)
+    typer.echo(f"all of it: {target / 'audit.md'}")
+
+
 @cli.command("synthesize")
 def synthesize_command(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json of a run")],

@@ -118,6 +118,16 @@ def load_split(card: Card, settings: DataSettings, name: str) -> ImageSet:
     return _decode(card, settings, "train", rows)
 
 
+def load_rows(card: Card, settings: DataSettings, rows: Sequence[int]) -> ImageSet:
+    """Load rows of the source's training part, as :func:`client_rows` numbers them, at the run's image size."""
+    return _decode(card, settings, "train", rows)
+
+
+def train_labels(card: Card, settings: DataSettings) -> Sequence[int]:
+    """Return the class of each row of the source's training part, without decoding an image."""
+    return _open(card, "train", settings.data_dir).labels
+
+
 @functools.lru_cache(maxsize=4)
 def _open(card: Card, name: str, data_dir: str) -> Part:
     return open_part(card, name, data_dir)

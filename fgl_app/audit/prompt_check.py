@@ -1,0 +1,198 @@
+"""The audit's third part: what the prompts of a run, or of one client, say."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load
+
+from fgl_app.audit.check import Check
+from fgl_app.audit.encoders import MAX_INVERTED, invert_embeddings
+from fgl_app.audit.figures import noise_figure
+from fgl_app.audit.material import Material
+from fgl_app.errors import RunFolderError
+from fgl_app.privacy.inversion import CERTAIN_ERROR
+from fgl_app.privacy.lexicon import load_lexicon
+from fgl_app.privacy.prompt_leaks import KINDS, NGRAM_WORDS, PromptAudit, audit_prompts, public_words
+from fgl_app.prompts import PromptCount
+from fgl_app.reporting.figures import spread
+from fgl_app.settings import Settings
+
+_MAX_EXAMPLES = 200
+"""Texts of each kind of finding that are kept."""
+
+
+def check_prompts(material: Material) -> Check:
+    """Read the merged prompts of a run, in which no client is named; of embeddings, what can be read out of them.
+
+    Raises:
+        ConfigError: If the extra ``audit`` is not installed.
+    """
+    run, settings = material.run, material.settings
+    if not run.prompts:
+        return Check(["The method has no prompts."])
+    if all(item.clients == 0 for item in run.prompts):
+        return Check(["The server wrote the prompts from the class names alone; they say nothing of any client."])
+    public = public_words(_public_texts(settings, run.class_names))
+    if settings.prompts.prompt_level == "embedding":
+        return _check_embeddings(material, public)
+    return _described(audit_prompts(run.prompts, load_lexicon(), public), run.class_names, "The clients")
+
+
+def check_captions(file: Path) -> Check:
+    """Read one client's own captions or prompts, at its side.
+
+    Args:
+        file: A client's file of captions (JSON lines ``[image, caption]``), a ``prompts.jsonl``, or one text a line.
+
+    Raises:
+        RunFolderError: If it cannot be read.
+        ConfigError: If the extra ``audit`` is not installed.
+    """
+    prompts = read_captions(file)
+    audited = audit_prompts(prompts, load_lexicon())
+    return _described(audited, (), "This client's file")
+
+
+def read_captions(file: Path) -> list[PromptCount]:
+    """Read a client's captions or prompts; see :func:`check_captions`. Captions have the label 0."""
+    try:
+        lines = [line for line in file.expanduser().read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(
+            f"{str(file)!r} must be a text file of captions or prompts, but cannot be read ({type(error).__name__})."
+        ) from None
+    counts: Counter[tuple[int, str, str]] = Counter()
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = line
+        if isinstance(value, dict) and "prompt" in value:
+            counts[int(value.get("label", 0)), str(value["prompt"]), str(value.get("domain", ""))] += int(
+                value.get("count", 1)
+            )
+        elif isinstance(value, list) and len(value) == 2:
+            counts[0, str(value[1]), ""] += 1
+        else:
+            counts[0, line, ""] += 1
+    return [PromptCount(label, prompt, count, domain) for (label, prompt, domain), count in sorted(counts.items())]
+
+
+def _check_embeddings(material: Material, public: frozenset[str]) -> Check:
+    run, settings = material.run, material.settings
+    embeddings = load((run.path / "embeddings.safetensors").read_bytes())
+    chosen = spread([item for item in run.prompts if item.prompt in embeddings], MAX_INVERTED)
+    found = invert_embeddings(
+        [embeddings[item.prompt] for item in chosen],
+        settings.synthesis.generator,
+        settings.synthesis.generator_revision,
+        material.settings.run.device,
+        settings.run.seed,
+    )
+    certain = [error < CERTAIN_ERROR for error in found.errors]
+    read = [
+        PromptCount(item.label, text, item.count, item.domain, item.clients)
+        for item, text, sure in zip(chosen, found.texts, certain, strict=True)
+        if sure
+    ]
+    what = f"{sum(certain)} of {len(certain)} embeddings that were tried"
+    sentences = [
+        f"The clients sent {len(run.prompts):,} embeddings. The words of {what} could be read back with certainty, by "
+        f"the generator's own text encoder{found.limits}."
+        if read
+        else f"The clients sent {len(run.prompts):,} embeddings. None of {len(certain)} that were tried could be read "
+        f"back with certainty{found.limits}; noise, a mean or a cut hides the words."
+    ]
+    figures = {}
+    if found.shares:
+        figures["noise"] = noise_figure(found.scales, found.shares)
+        sentences.append(
+            "Gaussian noise would hide them: with a standard deviation of "
+            + ", ".join(f"{scale:g}" for scale in found.scales)
+            + " times the root mean square of an embedding's entries, inversion finds "
+            + ", ".join(f"{100 * share:.0f} %" for share in found.shares)
+            + " of the words."
+        )
+    content: dict[str, Any] = {
+        "embeddings": {
+            "tried": len(certain),
+            "certain": sum(certain),
+            "errors": list(found.errors),
+            "texts": list(found.texts),
+            "noise_scales": list(found.scales),
+            "words_found": list(found.shares),
+        }
+    }
+    if not read:
+        counted = _counts_sentence(_images_per_class(run.prompts), run.class_names)
+        return Check([*sentences, counted], content, figures)
+    described = _described(audit_prompts(read, load_lexicon(), public), run.class_names, "Those that could be read")
+    return Check([*sentences, *described.findings], {**described.content, **content}, figures)
+
+
+def _described(audited: PromptAudit, class_names: Sequence[str], who: str) -> Check:
+    sentences = [
+        f"{who} gave {audited.num_prompts:,} distinct prompts for {audited.num_images:,} images; "
+        f"{audited.from_one_client:,} of them come from a single client, {audited.of_one_image:,} stand for a single "
+        "image.",
+        _counts_sentence(audited.images_per_class, class_names),
+    ]
+    held = {kind: audited.prompts_with(kind) for kind in KINDS}
+    named = [f"{count:,} hold a {kind}".replace("a e-mail", "an e-mail") for kind, count in held.items() if count]
+    absent = [kind for kind, count in held.items() if not count]
+    if named:
+        sentences.append(f"Of the prompts, {', '.join(named)}; audit.json lists them.")
+    if absent:
+        sentences.append(f"No prompt holds a word or number that is written like: {', '.join(absent)}.")
+    if audited.single_phrases:
+        sentences.append(
+            f"{len(audited.single_phrases):,} phrases of {NGRAM_WORDS} words occur in the prompt of one image only."
+        )
+    examples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for item, found in audited.findings:
+        if len(examples[found.kind]) < _MAX_EXAMPLES:
+            shown = item.prompt[found.start : found.end]
+            examples[found.kind].append({"label": item.label, "found": shown, "prompt": item.prompt})
+    content = {
+        "num_prompts": audited.num_prompts,
+        "num_images": audited.num_images,
+        "from_one_client": audited.from_one_client,
+        "of_one_image": audited.of_one_image,
+        "images_per_class": {str(label): count for label, count in audited.images_per_class.items()},
+        "clients_per_class": {str(label): count for label, count in audited.clients_per_class.items()},
+        "prompts_with": held,
+        "examples": {kind: each for kind, each in examples.items() if each},
+        "single_phrases": list(audited.single_phrases[:_MAX_EXAMPLES]),
+    }
+    return Check(sentences, content)
+
+
+def _counts_sentence(images_per_class: dict[int, int], class_names: Sequence[str]) -> str:
+    held = len(images_per_class)
+    of_all = f" of {len(class_names)}" if class_names else ""
+    return (
+        f"Their counts say which classes are held ({held}{of_all}) and exactly how many images of each, from "
+        f"{min(images_per_class.values()):,} to {max(images_per_class.values()):,}."
+    )
+
+
+def _images_per_class(prompts: Sequence[PromptCount]) -> dict[int, int]:
+    images: Counter[int] = Counter()
+    for item in prompts:
+        images[item.label] += item.count
+    return dict(images)
+
+
+def _public_texts(settings: Settings, class_names: Sequence[str]) -> list[str]:
+    forms = [settings.prompt_form(name or None) for name in ("", *settings.card.domains)]
+    return [
+        *class_names,
+        *(item.prompt for item in settings.card.classes),
+        *settings.card.domains,
+        *(text for form in forms for text in (*form.class_templates, form.instance_template)),
+    ]

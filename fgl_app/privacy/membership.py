@@ -1,0 +1,244 @@
+"""Membership inference: can a model's outputs tell the images it was trained on from others?
+
+FGL (Table 3) compares means of four measures; Song & Mittal 2021 ("Systematic Evaluation of Privacy Risks of Machine
+Learning Models", USENIX Security) attack with a threshold on each of them. What such thresholds achieve is a ROC curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import entr, log_softmax, logsumexp
+from sklearn.metrics import auc, roc_curve
+
+Floats = npt.NDArray[np.float64]
+
+SIGNS: Mapping[str, int] = {"entropy": -1, "loss": -1, "confidence": 1, "modified entropy": -1}
+"""The measures in the order of FGL's Table 3; 1 where members have larger values, -1 where smaller."""
+FALSE_POSITIVE_RATES = (0.001, 0.01)
+"""Where true-positive rates are read off (Carlini et al. 2022, Section IV-A)."""
+CONFIDENCE_LEVEL = 0.95
+"""Of the bootstrap intervals."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How well one score tells members from others."""
+
+    gap: Estimate
+    """Absolute difference of the means over members and non-members (FGL, Table 3), in the score's own unit."""
+    auc: Estimate
+    """Area under the ROC curve: probability that a member scores above a non-member; 0.5 is guessing."""
+    tpr: Mapping[float, Estimate]
+    """Share of the members found by the best threshold whose false-positive rate is at most the key."""
+    least_fpr: float
+    """1 / number of non-members: below it a false-positive rate can only be zero."""
+
+
+def measures(logits: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, Floats]:
+    """Compute the four measures of each image from the classifier's logits.
+
+    With F(x) = softmax(``logits``) and y = ``labels``, in nats (Song & Mittal 2021, Section 3):
+
+    - confidence: F(x)_y, the probability of the true class (Yeom et al. 2018; 0 to 1),
+    - loss: -log F(x)_y, the cross-entropy,
+    - entropy: -sum_i F(x)_i log F(x)_i (Salem et al. 2019),
+    - modified entropy: Mentr(F(x), y) = -(1 - F(x)_y) log F(x)_y - sum_{i != y} F(x)_i log(1 - F(x)_i), which is zero
+      for a certain right answer and without bound for a certain wrong one.
+
+    No probability is clipped: log F(x)_i comes from a log-softmax, and log(1 - F(x)_i) of the largest probability from
+    the others, so that both are exact where a probability rounds to 0 or 1.
+
+    Args:
+        logits: ``[N, K]``, finite, K at least 2.
+        labels: True classes ``[N]``, 0 to K - 1.
+
+    Returns:
+        float64 ``[N]`` for each name in :data:`SIGNS`.
+    """
+    log_p, of_image, true = _log_probabilities(logits, labels)
+    p, log_rest = np.exp(log_p), _log_complements(log_p)
+    wrong = p * log_rest
+    wrong[of_image, true] = 0.0
+    log_true = log_p[of_image, true]
+    return {
+        "entropy": entr(p).sum(axis=1),
+        "loss": -log_true,
+        "confidence": p[of_image, true],
+        "modified entropy": -np.exp(log_rest[of_image, true]) * log_true - wrong.sum(axis=1),
+    }
+
+
+def scaled_confidence(logits: npt.ArrayLike, labels: npt.ArrayLike) -> Floats:
+    """Return log(p / (1 - p)) of the true class's probability p, about normal over models (Carlini et al. 2022, Eq. 3).
+
+    Args:
+        logits: ``[N, K]``, finite, K at least 2.
+        labels: True classes ``[N]``, 0 to K - 1.
+
+    Returns:
+        float64 ``[N]``, finite even where p rounds to 1.
+    """
+    log_p, of_image, true = _log_probabilities(logits, labels)
+    log_true = log_p[of_image, true]
+    log_p[of_image, true] = -np.inf
+    return np.asarray(log_true - logsumexp(log_p, axis=1))
+
+
+def random_halves(num_images: int, num_models: int, generator: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """Choose the images that each shadow model trains on: random halves, and the other half for the next model.
+
+    Args:
+        num_images: N, at least 2.
+        num_models: S, even, so that every image is left out by exactly S / 2 models.
+        generator: Makes the choice.
+
+    Returns:
+        bool ``[S, N]``: whether a model is trained on an image.
+    """
+    inside = np.zeros((num_models, num_images), dtype=bool)
+    for pair in range(0, num_models, 2):
+        inside[pair, generator.permutation(num_images)[: num_images // 2]] = True
+        inside[pair + 1] = ~inside[pair]
+    return inside
+
+
+def offline_lira(target: Floats, shadows: Floats, inside: npt.NDArray[np.bool_]) -> Floats:
+    """Score membership by the offline likelihood-ratio attack (Carlini et al. 2022, Algorithm 1 without its IN models).
+
+    The paper's score is 1 - Pr[Z > phi] for Z ~ N(mu_out, sigma_out^2), where phi is ``target`` and mu_out the mean of
+    an image's ``shadows`` that were not trained on it. Returned is (phi - mu_out) / sigma_out, which orders images
+    alike and does not saturate. With few models the paper takes one sigma_out for all images, as here.
+
+    Args:
+        target: Scaled confidence of each image under the audited model, ``[N]``.
+        shadows: The same under each shadow model, ``[S, N]``, S at least 4.
+        inside: Whether a shadow model was trained on an image, bool ``[S, N]``; each image is left out by two or more.
+
+    Returns:
+        float64 ``[N]``; large for members.
+    """
+    outside = np.ma.array(shadows, mask=inside)
+    mean = np.asarray(outside.mean(axis=0))
+    squares, freedom = float(((outside - mean) ** 2).sum()), int((~inside).sum()) - len(target)
+    return np.asarray((target - mean) / max(float(np.sqrt(squares / freedom)), np.finfo(np.float64).tiny))
+
+
+def attack(
+    members: Floats, others: Floats, sign: int, generator: np.random.Generator, num_resamples: int = 1000
+) -> Attack:
+    """Measure a threshold attack, with percentile bootstrap intervals over images.
+
+    Args:
+        members: Score of each image that was trained on, ``[N]``.
+        others: Score of each image that was not, ``[M]``.
+        sign: 1 if members are taken to score higher, -1 if lower.
+        generator: Draws the resamples.
+        num_resamples: Bootstrap resamples; members and others are drawn separately.
+    """
+    scores = sign * np.concatenate([members, others])
+    truth = np.concatenate([np.ones(len(members)), np.zeros(len(others))])
+    found = _statistics(scores, truth, np.ones(len(scores)))
+    drawn = np.array(
+        [
+            _statistics(scores, truth, np.concatenate([_resample(len(each), generator) for each in (members, others)]))
+            for _ in range(num_resamples)
+        ]
+    )
+    tails = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
+    low, high = np.quantile(drawn, tails, axis=0)
+    # The interval is that of the signed difference: where it holds zero, the absolute difference may be zero.
+    least = 0.0 if low[0] <= 0 <= high[0] else min(abs(low[0]), abs(high[0]))
+    return Attack(
+        Estimate(abs(float(found[0])), float(least), float(max(abs(low[0]), abs(high[0])))),
+        Estimate(*map(float, (found[1], low[1], high[1]))),
+        {
+            rate: Estimate(*map(float, (found[index], low[index], high[index])))
+            for index, rate in enumerate(FALSE_POSITIVE_RATES, start=2)
+        },
+        1 / len(others),
+    )
+
+
+def roc(members: Floats, others: Floats, sign: int) -> tuple[Floats, Floats]:
+    """Return false- and true-positive rates of every threshold, both rising from 0 to 1; see :func:`attack`."""
+    truth = np.concatenate([np.ones(len(members)), np.zeros(len(others))])
+    fpr, tpr, _ = roc_curve(truth, sign * np.concatenate([members, others]))
+    return np.asarray(fpr), np.asarray(tpr)
+
+
+def balanced(
+    member_labels: Sequence[int], other_labels: Sequence[int], most: int, generator: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """Choose as many members as non-members of every class, so that no attack can guess by class or by numbers.
+
+    Args:
+        member_labels: Class of each member.
+        other_labels: Class of each non-member.
+        most: Images on either side, at most, about; the classes keep their proportions.
+        generator: Makes the choice.
+
+    Returns:
+        Rows of the members and of the non-members, sorted.
+    """
+    sides = [np.asarray(member_labels), np.asarray(other_labels)]
+    common = {label: int(min((side == label).sum() for side in sides)) for label in np.unique(sides[0])}
+    share = min(1.0, most / max(1, sum(common.values())))
+    chosen: list[list[int]] = []
+    for side in sides:
+        rows = [
+            generator.permutation(np.nonzero(side == label)[0])[: max(1, round(share * count))]
+            for label, count in common.items()
+            if count
+        ]
+        chosen.append(sorted(np.concatenate(rows).tolist()) if rows else [])
+    return chosen[0], chosen[1]
+
+
+def _log_probabilities(
+    logits: npt.ArrayLike, labels: npt.ArrayLike
+) -> tuple[Floats, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    log_p = np.asarray(log_softmax(np.asarray(logits, dtype=np.float64), axis=1))
+    return log_p, np.arange(len(log_p)), np.asarray(labels, dtype=np.int64)
+
+
+def _log_complements(log_p: Floats) -> Floats:
+    """Return log(1 - p) of log p, ``[N, K]``; rows of p sum to one."""
+    of_image, largest = np.arange(len(log_p)), log_p.argmax(axis=1)
+    others = log_p.copy()
+    others[of_image, largest] = -np.inf
+    p = np.exp(others)  # at most 1/2, where log1p is exact
+    complements = np.log1p(-p)
+    complements[of_image, largest] = logsumexp(others, axis=1)
+    return np.asarray(complements)
+
+
+def _resample(number: int, generator: np.random.Generator) -> Floats:
+    """How often each of ``number`` images is drawn in one bootstrap resample."""
+    return np.bincount(generator.integers(0, number, number), minlength=number).astype(np.float64)
+
+
+def _statistics(scores: Floats, truth: Floats, counts: Floats) -> list[float]:
+    """Signed difference of means, AUC and the true-positive rates, each image counted ``counts`` times."""
+    drawn = counts > 0
+    scores, truth, counts = scores[drawn], truth[drawn], counts[drawn]
+    inside = truth == 1
+    difference: Any = np.average(scores[inside], weights=counts[inside]) - np.average(
+        scores[~inside], weights=counts[~inside]
+    )
+    fpr, tpr, _ = roc_curve(truth, scores, sample_weight=counts, drop_intermediate=False)
+    rates = [float(tpr[fpr <= rate + 1e-12].max()) for rate in FALSE_POSITIVE_RATES]
+    return [float(difference), float(auc(fpr, tpr)), *rates]
