@@ -139,6 +139,32 @@ def synthesize_command(
     typer.echo(f"{drawn:,} images drawn")
 
 
+@cli.command("approve")
+def approve_command(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[PREVIEW]", help="Name of a preview; without it, a list.")
+    ] = None,
+    reject: Annotated[bool, typer.Option("--reject", help="Never send these prompts.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Approve without showing the prompts and asking.")] = False,
+) -> None:
+    """On a client: show what a run would send of one's prompts, and approve or reject exactly that."""
+    from clients.approval import approvals_folder, decide, pending, read_preview
+
+    folder = approvals_folder()
+    if name is None:
+        typer.echo("\n".join(pending(folder)) or "nothing waits for approval")
+        return
+    run_name, rows = read_preview(name, folder)
+    if not (yes or reject):
+        typer.echo(f"run {run_name}: class, images, prompt")
+        for class_name, count, prompt in rows:
+            typer.echo(f"{class_name}\t{count}\t{prompt}")
+        if not typer.confirm("Send these prompts to the server?"):
+            return
+    decide(name, folder, approve=not reject)
+    typer.echo("rejected" if reject else "approved")
+
+
 store_cli = typer.Typer(no_args_is_help=True, help="Look at stores of synthetic images, and hand them on.")
 cli.add_typer(store_cli, name="store")
 

@@ -259,6 +259,7 @@ def _check_combinations(settings: Settings) -> None:
             f"`prompt-level` must be class where the server writes the prompts, but is {prompts.prompt_level}. "
             'Use "class".'
         )
+    _check_defences(settings)
     synthesis = settings.synthesis
     if synthesis.profile == "turbo" and not synthesis.lora:
         raise ConfigError(
@@ -271,4 +272,42 @@ def _check_combinations(settings: Settings) -> None:
         raise ConfigError(
             "`embedding-epsilon` needs `embedding-clip` > 0, which bounds what noise must hide, and "
             "`embedding-summary` none or mean, because clusters depend on the data. Use for example embedding-clip=10."
+        )
+
+
+def _check_defences(settings: Settings) -> None:
+    """Refuse defences that would protect nothing where they are set."""
+    privacy, prompts = settings.privacy, settings.prompts
+    of_captions = {
+        "scrub": privacy.scrub != "off",
+        "caption-vocabulary": bool(privacy.caption_vocabulary),
+        "max-caption-words": privacy.max_caption_words > 0,
+    }
+    for key, is_set in of_captions.items():
+        if is_set and (prompts.prompt_level == "class" or settings.prompts_from_server or not settings.synthesizes):
+            raise ConfigError(f"`{key}` acts on captions, so `prompt-level` must be instance or embedding.")
+    if privacy.caption_vocabulary and not privacy.caption_vocabulary.startswith(("/", "~")):
+        raise ConfigError(
+            f"`caption-vocabulary` must be an absolute path on the clients, but is {privacy.caption_vocabulary!r}."
+        )
+    if privacy.classes_epsilon and not (
+        prompts.prompt_level == "class" and privacy.prompt_counts == "withheld" and settings.card.classes
+        and not settings.card.domains
+    ):  # fmt: skip
+        raise ConfigError(
+            "`classes-epsilon` needs `prompt-level` class and `prompt-counts` withheld, because captions and counts "
+            "would tell which classes are held, and known classes without domains. Set both, or use 0."
+        )
+    if privacy.prompt_counts == "noised" and prompts.num_prompts_per_class > 1 and prompts.prompt_level == "class":
+        raise ConfigError(
+            "`prompt-counts` noised needs `num-prompts-per-class` 1, so that one image stands behind one prompt."
+        )
+    if privacy.min_clients_per_prompt > settings.run.num_clients:
+        raise ConfigError(
+            f"`min-clients-per-prompt` must be at most `num-clients`, which is {settings.run.num_clients}, but is "
+            f"{privacy.min_clients_per_prompt}."
+        )
+    if privacy.min_clients_per_prompt > 1 and prompts.prompt_level == "embedding":
+        raise ConfigError(
+            "`min-clients-per-prompt` compares texts, so `prompt-level` must be class or instance, but is embedding."
         )

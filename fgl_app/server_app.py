@@ -37,13 +37,14 @@ from fgl_app.phases import (
     train_on_server,
     write_server_prompts,
 )
-from fgl_app.prompts import MergedPrompts, PromptLimits, read_blocked_words
+from fgl_app.prompts import MergedPrompts, PromptLimits, fill, read_blocked_words
 from fgl_app.reporting.results import summarize
-from fgl_app.reporting.run_folder import RunFolder
+from fgl_app.reporting.run_folder import DrawnSet, RunFolder, forgotten_set
 from fgl_app.reporting.trackers import Tracker, open_trackers
 from fgl_app.settings import Settings
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.launch import SynthesisReport
+from fgl_app.synthesis.plan import Plan
 from fgl_app.training import Evaluation, accuracy_by_domain, check_device
 from strategies import FGL, CheckedRounds
 from strategies.inner import build_inner
@@ -166,6 +167,8 @@ class Session:
     """The run's K classes; empty until the clients have said theirs, if the run unites them."""
     synthesis: SynthesisReport | None = None
     store_hash: str | None = None
+    _plan: Plan | None = None
+    """What was drawn, if this start has seen it."""
     prompt_round: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -280,8 +283,15 @@ class Session:
             embedding_width=text_width(synthesis.generator, synthesis.generator_revision) if by_embedding else None,
             max_client_share=policy.max_client_share,
             uniform=synthesis.prompt_budget == "uniform",
+            min_senders=self.settings.privacy.min_clients_per_prompt,
+            class_prompt=self._class_prompt,
             deadline_s=policy.prompt_deadline_s,
         )
+
+    def _class_prompt(self, class_name: str, domain: str) -> str:
+        named = {item.name: item.prompt for item in self.settings.card.classes}
+        template = self.settings.prompt_form(domain or None).class_templates[0]
+        return fill(template, named.get(class_name, class_name))
 
     def _keep_prompts(self, merged: MergedPrompts, exchange: PromptRound) -> None:
         self.stopwatch.seconds.setdefault("prompts", time.monotonic() - self._round_started)
@@ -297,6 +307,8 @@ class Session:
         self.folder.save_prompts(merged, self.prompt_round)
 
     def _synthesize(self, merged: MergedPrompts, listen: Callable[[], None]) -> ImageSet:
+        if (kept := forgotten_set(self.folder.path)) is not None:
+            return self._read_again(kept)
         plan = draw_plan(self.settings, merged, self.folder.embeddings)
         with self.stopwatch.measure("synthesis"):
             images, report = draw_synthetic_set(self.settings, plan, self.folder, listen)
@@ -307,11 +319,26 @@ class Session:
             reused=report.reused - earlier,
             seconds=self.stopwatch.seconds["synthesis"],
         )
+        self._plan = plan
         store = UnitStore(self.folder.synthetic, plan.settings.digest())
         self.store_hash = store.content_hash(as_ids(sample.sample_id for sample in plan.samples()))
         return images
 
+    def _read_again(self, drawn: DrawnSet) -> ImageSet:
+        """Read the synthetic set of an earlier start that has deleted its prompts since."""
+        self.folder.forget_prompts(drawn)
+        store = UnitStore(self.folder.synthetic, drawn.settings_digest)
+        images = store.read(drawn.sample_ids, size=self.settings.data.image_size)
+        seconds = store.index().seconds(drawn.sample_ids)
+        self.synthesis = SynthesisReport(len(images), 0, len(images), {}, {}, 0.0, seconds)
+        self.store_hash = store.content_hash(drawn.sample_ids)
+        return images
+
     def _pretrain(self, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:
+        if self._plan is not None and not self.settings.privacy.retain_prompts:
+            sample_ids = as_ids(sample.sample_id for sample in self._plan.samples())
+            labels = tuple(sample.label for sample in self._plan.samples())
+            self.folder.forget_prompts(DrawnSet(self._plan.settings.digest(), sample_ids, labels))
         with self.stopwatch.measure("pretraining"):
             return train_on_server(
                 self.settings,

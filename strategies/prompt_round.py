@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
 from typing import Any
 
@@ -13,7 +13,15 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fgl_app.errors import PromptError
-from fgl_app.prompts import MergedPrompts, NamedPrompt, PromptLimits, limit_shares, merge_prompts, screen_prompts
+from fgl_app.prompts import (
+    MergedPrompts,
+    NamedPrompt,
+    PromptLimits,
+    limit_shares,
+    merge_prompts,
+    require_senders,
+    screen_prompts,
+)
 from fgl_app.records import (
     CONFIG,
     PROMPTS_MESSAGE,
@@ -44,6 +52,8 @@ class PromptRound:
         embedding_width: D of the generator's text encoder where prompts are names of embeddings; None for texts.
         max_client_share: Largest share of a class's images that one client's prompts may claim.
         uniform: Whether every prompt of a class gets the same number of images.
+        min_senders: Least number of clients that must have sent a text.
+        class_prompt: What takes the place of a text that fewer sent: the prompt of a class name and a domain.
         deadline_s: Seconds that :meth:`wait` waits.
     """
 
@@ -57,6 +67,8 @@ class PromptRound:
         embedding_width: int | None = None,
         max_client_share: float = 1.0,
         uniform: bool = False,
+        min_senders: int = 1,
+        class_prompt: Callable[[str, str], str] = lambda class_name, domain: class_name,
         deadline_s: float = 3600.0,
     ) -> None:
         """See the class."""
@@ -67,6 +79,8 @@ class PromptRound:
         self._embedding_width = embedding_width
         self._max_client_share = max_client_share
         self._uniform = uniform
+        self._min_senders = min_senders
+        self._class_prompt = class_prompt
         self._deadline_s = deadline_s
         self._asked: set[int] = set()
         self._open: dict[str, int] = {}
@@ -130,7 +144,12 @@ class PromptRound:
         uploads = list(self._uploads.values())
         class_names = self._class_names or union_of_classes(uploads)
         labelled = [label_prompts(named, class_names) for named in uploads]
-        prompts = merge_prompts(limit_shares(labelled, self._max_client_share, self._uniform))
+        limited = limit_shares(labelled, self._max_client_share, self._uniform)
+        prompts = merge_prompts(
+            require_senders(
+                limited, self._min_senders, lambda label, domain: self._class_prompt(class_names[label], domain)
+            )
+        )
         absent = len(class_names) - len({item.label for item in prompts})
         if absent:
             log(WARNING, "prompt round: no client sent a prompt of %s of %s classes", absent, len(class_names))

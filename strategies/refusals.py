@@ -7,10 +7,11 @@ from typing import Any
 
 from flwr.app import Message
 
-from fgl_app.errors import ConfigError, DataError, FGLError, ModelError, PromptError
+from fgl_app.errors import ApprovalError, ConfigError, DataError, FGLError, ModelError, PromptError
 
 _SENTENCES = {
-    error.client_code: error.client_sentence for error in (FGLError, ConfigError, DataError, ModelError, PromptError)
+    error.client_code: error.client_sentence
+    for error in (FGLError, ConfigError, DataError, ModelError, PromptError, ApprovalError)
 }
 _SENTENCES |= {  # Flower's own; see flwr.common.constant.ErrorCode
     3: "No reply came before the message expired.",

@@ -1,6 +1,13 @@
 """Prompts: writing them from labels and captions, merging them over clients, spreading the image budget."""
 
-from fgl_app.prompts.aggregation import MergedPrompts, PromptBudget, limit_shares, merge_prompts, spread_budget
+from fgl_app.prompts.aggregation import (
+    MergedPrompts,
+    PromptBudget,
+    limit_shares,
+    merge_prompts,
+    require_senders,
+    spread_budget,
+)
 from fgl_app.prompts.screening import NamedPrompt, PromptLimits, read_blocked_words, screen_prompts
 from fgl_app.prompts.writing import (
     MAX_PROMPT_CHARS,
@@ -27,6 +34,7 @@ __all__ = [
     "merge_prompts",
     "printable",
     "read_blocked_words",
+    "require_senders",
     "screen_prompts",
     "spread_budget",
 ]

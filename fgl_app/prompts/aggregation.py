@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -51,6 +51,51 @@ def merge_prompts(clients: Iterable[Sequence[PromptCount]]) -> list[PromptCount]
         PromptCount(label, prompt, count, domain, senders[label, prompt, domain])
         for (label, prompt, domain), count in sorted(totals.items())
     ]
+
+
+def require_senders(
+    clients: Sequence[Sequence[PromptCount]], min_clients: int, class_prompt: Callable[[int, str], str]
+) -> list[list[PromptCount]]:
+    """Use a text only if at least k clients sent it (k-anonymity, Sweeney 2002).
+
+    A text that fewer sent becomes its normal form, without case, digits and punctuation, if k clients sent texts of
+    that form; otherwise the class's own prompt, which tells nothing but the class, takes its place.
+
+    Args:
+        clients: Distinct prompts of each client.
+        min_clients: k; 1 leaves everything as it is.
+        class_prompt: The prompt of a label and a domain that the server knows by itself.
+
+    Returns:
+        The same clients' prompts, distinct again, with the counts of those that became equal added up.
+    """
+    if min_clients <= 1:
+        return [list(prompts) for prompts in clients]
+    exact: Counter[tuple[int, str, str]] = Counter()
+    normal: Counter[tuple[int, str, str]] = Counter()
+    for prompts in clients:
+        exact.update({(item.label, item.domain, item.prompt) for item in prompts})
+        normal.update({(item.label, item.domain, _normal_form(item.prompt)) for item in prompts})
+
+    def shown(item: PromptCount) -> str:
+        form = _normal_form(item.prompt)
+        if exact[item.label, item.domain, item.prompt] >= min_clients:
+            return item.prompt
+        if form and normal[item.label, item.domain, form] >= min_clients:
+            return form
+        return class_prompt(item.label, item.domain)
+
+    changed = []
+    for prompts in clients:
+        counts: Counter[tuple[int, str, str]] = Counter()
+        for item in prompts:
+            counts[item.label, shown(item), item.domain] += item.count
+        changed.append([PromptCount(label, text, count, domain) for (label, text, domain), count in counts.items()])
+    return changed
+
+
+def _normal_form(text: str) -> str:
+    return " ".join("".join(each if each.isalpha() else " " for each in text.casefold()).split())
 
 
 def limit_shares(

@@ -12,6 +12,7 @@ from fgl_app.files import write_atomically
 from fgl_app.reporting import figures
 from fgl_app.reporting.finished_run import FinishedRun, class_counts, held_out_images, read_run, synthetic_images
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
+from fgl_app.reporting.run_folder import forgotten_set
 
 MAX_CLIENTS = 100
 """Bars in the figure of the partition."""
@@ -222,6 +223,8 @@ def _images(run: FinishedRun) -> Section:
 
 def _prompts(run: FinishedRun) -> Section:
     heading = "Most frequent prompts"
+    if forgotten_set(run.path) is not None:
+        return Section(heading, ["The prompts were deleted when the images had been drawn."])
     if not run.prompts:
         return Section(heading, ["The method has no prompts."])
     if run.config["run_config"].get("prompt-level") == "embedding":

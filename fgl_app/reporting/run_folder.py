@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fgl_app.errors import RunFolderError
 from fgl_app.files import checkpoint_file, read_json_lines, write_atomically, write_json, write_json_lines
 from fgl_app.prompts import MergedPrompts, PromptCount
 from fgl_app.settings import Settings
+from fgl_app.store import Ids, as_ids
 
 # A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
 _FREE_KEYS = {
@@ -31,6 +32,30 @@ IDENTITIES = ("card", "generator", "captioner")
 """What is known by its content: a run does not go on, nor counts in a comparison, with another."""
 _PACKAGES = ("flwr", "flwr-datasets", "torch", "torchvision", "diffusers", "transformers", "scikit-learn", "numpy")
 _CHECKPOINT = re.compile(r"round-(\d{4})\.safetensors")
+
+
+_DRAWN_SET = "drawn_set.json"
+
+
+@dataclass(frozen=True)
+class DrawnSet:
+    """Which images a run has drawn, without what they were drawn from."""
+
+    settings_digest: str
+    """Of the synthesis; names the units of the store."""
+    sample_ids: Ids
+    """Identity of each image: hashes that settings, label, prompt and index go into."""
+    labels: tuple[int, ...]
+    """Class of each image."""
+
+
+def forgotten_set(folder: Path) -> DrawnSet | None:
+    """Return what a run kept of its synthetic set when it deleted its prompts; None if it did not."""
+    path = folder / _DRAWN_SET
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text("utf-8"))
+    return DrawnSet(kept["settings_digest"], as_ids([bytes.fromhex(kept["sample_ids"])]), tuple(kept["labels"]))
 
 
 class RunFolder:
@@ -102,10 +127,22 @@ class RunFolder:
             write_atomically(self.embeddings, save(dict(merged.embeddings)), mode=0o600)
         write_json_lines(self.path / "prompts.jsonl", [asdict(item) for item in merged.prompts], mode=0o600)
 
+    def forget_prompts(self, drawn: DrawnSet) -> None:
+        """Delete the prompts for good, and keep the identities of the images that were drawn from them."""
+        content = {
+            "settings_digest": drawn.settings_digest,
+            "sample_ids": drawn.sample_ids.tobytes().hex(),
+            "labels": list(drawn.labels),
+        }
+        write_json(self.path / _DRAWN_SET, content)
+        # The kept file decides: a crash in between only leaves files that are deleted when the run goes on.
+        for path in (self.path / "prompts.jsonl", self.embeddings, self.path / "plan.json", self.path / "worker.log"):
+            path.unlink(missing_ok=True)
+
     def load_prompts(self) -> tuple[MergedPrompts, dict[str, Any] | None] | None:
         """Return the merged prompts of an earlier start and what is known of the exchange, or None."""
         rows = read_json_lines(self.path / "prompts.jsonl")
-        if not rows:
+        if not rows and forgotten_set(self.path) is None:
             return None
         kept: dict[str, Any] = json.loads((self.path / "prompt_round.json").read_text("utf-8"))
         embeddings = load(self.embeddings.read_bytes()) if self.embeddings.exists() else {}

@@ -9,6 +9,7 @@ from fgl_app.prompts import (
     class_prompts,
     instance_prompts,
     merge_prompts,
+    require_senders,
     screen_prompts,
     spread_budget,
 )
@@ -105,3 +106,19 @@ def test_prompts_of_different_domains_stay_apart():
     merged = merge_prompts([[PromptCount(0, "a cat", 2, "sketch")], [PromptCount(0, "a cat", 3, "photo")]])
 
     assert [(item.domain, item.count) for item in merged] == [("photo", 3), ("sketch", 2)]
+
+
+def test_a_text_is_used_only_if_enough_clients_sent_it():
+    clients = [
+        [PromptCount(0, "cat, on a sofa", 2), PromptCount(0, "cat, of Maria Gonzalez", 1), PromptCount(1, "dog, 3", 1)],
+        [PromptCount(0, "cat, on a sofa", 3), PromptCount(1, "Dog, 4!", 5)],
+    ]
+
+    shown = require_senders(clients, 2, lambda label, domain: ["a photo of a cat", "a photo of a dog"][label])
+
+    assert merge_prompts(shown) == [
+        PromptCount(0, "a photo of a cat", 1, clients=1),
+        PromptCount(0, "cat, on a sofa", 5, clients=2),
+        PromptCount(1, "dog", 6, clients=2),
+    ]
+    assert require_senders(clients, 1, lambda label, domain: "") == clients
