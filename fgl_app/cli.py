@@ -124,6 +124,22 @@ def audit_captions_command(
     typer.echo(f"all of it: {target / 'audit.md'}")
 
 
+@cli.command("certificates")
+def certificates_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that is absent or empty.")],
+    host: Annotated[list[str], typer.Option(help="Name or IP address of the server; once for each.")],
+    site: Annotated[list[str] | None, typer.Option(help="Name of a SuperNode; once for each.")] = None,
+    days: Annotated[int, typer.Option(help="Validity of the certificates.", min=1, max=3650)] = 365,
+) -> None:
+    """Make a development CA, the server's certificate and a key pair per SuperNode; nothing is overwritten."""
+    from fgl_app.certificates import make_certificates
+
+    folder = folder.expanduser()
+    make_certificates(folder, host, site or [], days)
+    for part in ("ca", "server", *(site or [])):
+        typer.echo(f"{folder / part}: " + ", ".join(sorted(file.name for file in (folder / part).iterdir())))
+
+
 @cli.command("synthesize")
 def synthesize_command(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json of a run")],
