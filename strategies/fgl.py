@@ -172,6 +172,7 @@ class FGL(CheckedRounds):
             images = self._synthesize(found, exchange.listen)
             exchange.listen()
         self._on_prompts(found, exchange)  # now it is known who missed it
+        self._places |= exchange.refusals.places
         return images
 
     def aggregate_train(

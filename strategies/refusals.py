@@ -28,15 +28,19 @@ def error_sentence(reply: Message) -> str:
 class Refusals:
     """Counts refusals by client and reason. No reason quotes what a client sent."""
 
-    def __init__(self) -> None:
-        """Begin with none."""
+    def __init__(self, places: dict[int, int] | None = None) -> None:
+        """Begin with none.
+
+        Args:
+            places: Partition ids by node, as far as they are known; what is learned is added.
+        """
         self._counts: Counter[tuple[int, str]] = Counter()
-        self._places: dict[int, int] = {}
+        self.places = {} if places is None else places
 
     def learn(self, node: int, place: int | None) -> None:
         """Remember the partition id that a node says it has."""
         if place is not None:
-            self._places[node] = place
+            self.places[node] = place
 
     def add(self, node: int, reason: str, count: int = 1) -> None:
         """Count ``count`` refusals."""
@@ -44,12 +48,12 @@ class Refusals:
 
     def name_of(self, node: int) -> int:
         """Name a client by its partition id, or by Flower's id of its node where that is unknown."""
-        return self._places.get(node, node)
+        return self.places.get(node, node)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the refusals for ``results.json``; ``node`` is Flower's id, which a client cannot choose."""
         return [
-            {"client": self._places.get(node), "node": str(node), "reason": reason, "count": count}
+            {"client": self.places.get(node), "node": str(node), "reason": reason, "count": count}
             for (node, reason), count in sorted(self._counts.items())
         ]
 

@@ -270,19 +270,17 @@ class CheckedRounds(Strategy):
         # Flower answers in the name of a lost node under an id of its own: the question tells which one it was.
         open_nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in self._asked[exchange]}
         num_asked = len(self._asked[exchange])
-        refusals = self.refusals.setdefault(number, Refusals())
+        refusals = self.refusals.setdefault(number, Refusals(self._places))
         usable = []
         for reply in sorted(replies, key=reply_order):
             node = open_nodes.pop(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-            place = place_of(reply)
-            refusals.learn(node, self._places.get(node) if place is None else place)
+            refusals.learn(node, place_of(reply))
             fault = error_sentence(reply) if reply.has_error() else fault_of(reply)
             if fault is None:
                 usable.append(reply)
             else:
                 refusals.add(node, fault if reply.has_error() else f"Refused: {fault}.")
         for node in open_nodes.values():
-            refusals.learn(node, self._places.get(node))
             refusals.add(node, "It did not reply in time.")
         failed = f"{num_asked - len(usable)} of {num_asked} failed: {' '.join(refusals.reasons())}"
         if len(usable) < max(1, min(self._min_clients, num_asked)):
