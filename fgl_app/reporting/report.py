@@ -88,6 +88,7 @@ def build_page(run: FinishedRun) -> Page:
             _partition(run),
             _images(run),
             _prompts(run),
+            *_failures(run),
             _costs(run),
             _configuration(run),
         ],
@@ -241,6 +242,30 @@ def _prompts(run: FinishedRun) -> Section:
         "that each stands for."
     )
     return Section(heading, tables=[Table(caption, head, rows, numbers=False)])
+
+
+def _failures(run: FinishedRun) -> list[Section]:
+    """Who was missed, and what was not used; empty if nothing was."""
+    exchange = run.results.get("prompt_round") or {}
+    refused = [("prompts", item) for item in exchange.get("refused", [])]
+    refused += [(f"round {row['round']}", item) for row in run.rounds for item in row.get("refused", [])]
+    text = [
+        f"Client {client} could not read {count:,} of its images."
+        for client, count in exchange.get("unreadable_images", {}).items()
+    ]
+    for kind, sentence in (
+        ("late", "came late with their prompts, which were merged"),
+        ("missed", "did not send prompts in time"),
+    ):
+        if named := exchange.get(kind):
+            text.append(f"Clients {', '.join(map(str, named))} {sentence}.")
+    rows = [
+        [exchange, str(item["client"] if item["client"] is not None else f"node {item['node']}"), item["reason"],
+         f"{item['count']:,}"]
+        for exchange, item in refused
+    ]  # fmt: skip
+    tables = [Table("What was not used.", ["Exchange", "Client", "Reason", "Number"], rows)] if rows else []
+    return [Section("Failures", text, tables=tables)] if text or rows else []
 
 
 def _costs(run: FinishedRun) -> Section:
