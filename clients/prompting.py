@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from clients.defences import CaptionFilter
 from fgl_app.cards import PromptForm
 from fgl_app.data.images import ImageSet
 from fgl_app.prompts import PromptCount, class_prompts, instance_prompts
@@ -22,6 +23,7 @@ def write_prompts(
     domains: Sequence[str],
     num_prompts_per_class: int,
     captioner: Captioner | None,
+    defend: CaptionFilter = str,
 ) -> list[PromptCount]:
     """Turn a client's images into distinct prompts with counts; no image and no file name is in them.
 
@@ -32,8 +34,9 @@ def write_prompts(
         domains: Names of the D domains; empty for a data set of one domain.
         num_prompts_per_class: Templates used per class at class level.
         captioner: Captions each image (instance level); None for class-level prompts.
+        defend: Takes out of a caption what must not leave the client.
     """
-    captions = captioner(data.images) if captioner is not None else None
+    captions = [defend(caption) for caption in captioner(data.images)] if captioner is not None else None
     prompts: list[PromptCount] = []
     present = sorted(set(data.domains.tolist())) if data.domains is not None else [None]
     for domain in present:

@@ -127,6 +127,22 @@ def audit_captions_command(
     typer.echo(f"all of it: {target / 'audit.md'}")
 
 
+@cli.command("certificates")
+def certificates_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that is absent or empty.")],
+    host: Annotated[list[str], typer.Option(help="Name or IP address of the server; once for each.")],
+    site: Annotated[list[str] | None, typer.Option(help="Name of a SuperNode; once for each.")] = None,
+    days: Annotated[int, typer.Option(help="Validity of the certificates.", min=1, max=3650)] = 365,
+) -> None:
+    """Make a development CA, the server's certificate and a key pair per SuperNode; nothing is overwritten."""
+    from fgl_app.certificates import make_certificates
+
+    folder = folder.expanduser()
+    make_certificates(folder, host, site or [], days)
+    for part in ("ca", "server", *(site or [])):
+        typer.echo(f"{folder / part}: " + ", ".join(sorted(file.name for file in (folder / part).iterdir())))
+
+
 @cli.command("synthesize")
 def synthesize_command(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json of a run")],
@@ -140,6 +156,32 @@ def synthesize_command(
 
     drawn = work(Plan.load(plan), store or plan.parent / "synthetic", workers, ray_address)
     typer.echo(f"{drawn:,} images drawn")
+
+
+@cli.command("approve")
+def approve_command(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[PREVIEW]", help="Name of a preview; without it, a list.")
+    ] = None,
+    reject: Annotated[bool, typer.Option("--reject", help="Never send these prompts.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Approve without showing the prompts and asking.")] = False,
+) -> None:
+    """On a client: show what a run would send of one's prompts, and approve or reject exactly that."""
+    from clients.approval import approvals_folder, decide, pending, read_preview
+
+    folder = approvals_folder()
+    if name is None:
+        typer.echo("\n".join(pending(folder)) or "nothing waits for approval")
+        return
+    run_name, rows = read_preview(name, folder)
+    if not (yes or reject):
+        typer.echo(f"run {run_name}: class, images, prompt")
+        for class_name, count, prompt in rows:
+            typer.echo(f"{class_name}\t{count}\t{prompt}")
+        if not typer.confirm("Send these prompts to the server?"):
+            return
+    decide(name, folder, approve=not reject)
+    typer.echo("rejected" if reject else "approved")
 
 
 store_cli = typer.Typer(no_args_is_help=True, help="Look at stores of synthetic images, and hand them on.")

@@ -7,31 +7,44 @@ from collections.abc import Callable, Sequence
 from logging import ERROR, INFO
 from typing import cast
 
+import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import nn
 
+from clients.approval import approvals_folder, wait_for_approval
+from clients.defences import (
+    CaptionFilter,
+    allow_words,
+    cut_words,
+    noise_counts,
+    randomize_classes,
+    read_vocabulary,
+    scrub,
+    withhold_counts,
+)
 from clients.local_training import evaluate_held_out, train_locally
 from clients.prompting import Captioner, write_prompts
 from fgl_app.config import parse_run_config
 from fgl_app.data.sources import ClientData, load_client_data
-from fgl_app.errors import DataError, FGLError
+from fgl_app.errors import DataError, FGLError, PromptError
 from fgl_app.models import build_model, from_arrays, to_arrays
-from fgl_app.prompts import PromptCount
+from fgl_app.privacy.lexicon import load_lexicon
+from fgl_app.privacy.prompt_leaks import public_words
+from fgl_app.prompts import PromptCount, class_prompts
 from fgl_app.records import (
     ARRAYS,
     CLASS_NAMES,
     CLIENT,
     CONFIG,
-    EQUAL_WEIGHT,
     METRICS,
-    NUM_EXAMPLES,
     Upload,
     client_record,
     evaluation_metrics,
     prompts_reply,
+    training_metrics,
 )
 from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings
@@ -70,19 +83,30 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
     data = _data(message, settings, context)
     by_caption = settings.prompts.prompt_level != "class"
     named = {item.name: item.prompt for item in settings.card.classes}
+    called = [named.get(name, name) for name in data.class_names]
     written = write_prompts(
         data.train,
-        [named.get(name, name) for name in data.class_names],
+        called,
         form_of=settings.prompt_form,
         domains=settings.card.domains,
         num_prompts_per_class=settings.prompts.num_prompts_per_class,
         captioner=_captioner(settings, context) if by_caption else None,
+        defend=_caption_filter(settings, called) if by_caption else str,
     )
+    written = _with_private_counts(written, settings, called)
+    if not written:
+        raise PromptError("The defences must leave some prompts to send, but left none. Use a larger epsilon.")
+    if settings.privacy.require_approval or context.node_config.get("require-approval", False):
+        wait_for_approval(
+            written, data.class_names, settings.run.run_name, approvals_folder(), settings.policy.prompt_deadline_s
+        )
     upload = Upload(written, data.class_names)
     if settings.prompts.prompt_level == "embedding":
         upload = _embedded(written, settings, data)
     log(INFO, "client %s sends %s distinct prompts", data.partition_id, len(upload.prompts))
-    return prompts_reply(upload, len(data.train), data.partition_id)
+    # How many images there are is the owner's to keep where counts are not exact.
+    num_examples = len(data.train) if settings.privacy.prompt_counts == "exact" else 1
+    return prompts_reply(upload, num_examples, data.partition_id, data.num_unreadable)
 
 
 def train(message: Message, settings: Settings, context: Context) -> RecordDict:
@@ -103,14 +127,12 @@ def train(message: Message, settings: Settings, context: Context) -> RecordDict:
         ),
         device=pick_device(settings.run.device),
     )
-    metrics: dict[str, int | float | list[int] | list[float]] = {
-        NUM_EXAMPLES: len(data.train),
-        EQUAL_WEIGHT: 1,
-        "loss": loss,
-        "train_loss": loss,
-    }
     return RecordDict(
-        {ARRAYS: to_arrays(model), METRICS: MetricRecord(metrics), CLIENT: client_record(data.partition_id)}
+        {
+            ARRAYS: to_arrays(model),
+            METRICS: training_metrics(len(data.train), loss),
+            CLIENT: client_record(data.partition_id),
+        }
     )
 
 
@@ -140,6 +162,40 @@ def _data(message: Message, settings: Settings, context: Context) -> ClientData:
 def _received_model(message: Message, settings: Settings, class_names: Sequence[str]) -> nn.Module:
     model = build_model(settings.training.model, len(class_names), settings.data.image_size, settings.run.seed)
     return from_arrays(model, message.content.array_records[ARRAYS])
+
+
+def _caption_filter(settings: Settings, class_names: Sequence[str]) -> CaptionFilter:
+    """Return the defences that captions go through; see :mod:`clients.defences`."""
+    privacy = settings.privacy
+    forms = [settings.prompt_form(domain) for domain in settings.card.domains or (None,)]
+    public = public_words([*class_names, *(form.instance_template for form in forms)])
+    lexicon = load_lexicon() if privacy.scrub != "off" else None
+    vocabulary = read_vocabulary(privacy.caption_vocabulary) | public if privacy.caption_vocabulary else None
+
+    def defend(caption: str) -> str:
+        if lexicon is not None:
+            caption = scrub(caption, lexicon, public, strict=privacy.scrub == "strict")
+        if vocabulary is not None:
+            caption = allow_words(caption, vocabulary)
+        return cut_words(caption, privacy.max_caption_words)
+
+    return defend
+
+
+def _with_private_counts(
+    written: list[PromptCount], settings: Settings, class_names: Sequence[str]
+) -> list[PromptCount]:
+    privacy = settings.privacy
+    generator = np.random.default_rng()  # from the operating system: who knew its seed could take the noise off again
+    if privacy.classes_epsilon:
+        labels = randomize_classes(
+            {item.label for item in written}, len(class_names), privacy.classes_epsilon, generator
+        )
+        templates = settings.prompt_form().class_templates[: settings.prompts.num_prompts_per_class]
+        written = class_prompts(labels, class_names, templates)
+    if privacy.prompt_counts == "noised":
+        return noise_counts(written, privacy.counts_epsilon, privacy.counts_delta, generator)
+    return withhold_counts(written) if privacy.prompt_counts == "withheld" else written
 
 
 def _captioner(settings: Settings, context: Context) -> Captioner:

@@ -68,13 +68,20 @@ _AT_LEAST: dict[str, float] = {
     "embedding-epsilon": 0, "images-per-class": 1, "num-inference-steps": 1, "guidance-scale": 0,
     "guidance-start": 0, "guidance-stop": 0, "deep-cache-interval": 1, "generation-size": 0, "stored-size": 8,
     "synthesis-batch-size": 1, "synthesis-workers": 0, "synthesis-wait-s": 0, "filter-attempts": 0,
-    "batch-size": 2, "server-epochs": 1,
-    "server-finetune-epochs": 0, "local-epochs": 1,
+    "batch-size": 2, "server-epochs": 1, "server-finetune-epochs": 0, "local-epochs": 1, "min-clients": 0,
+    "max-prompts-per-client": 1, "max-prompt-chars": 1, "max-update-norm": 0,
+    "max-caption-words": 0, "classes-epsilon": 0, "min-clients-per-prompt": 1, "client-dp-noise": 0,
+    "example-dp-noise": 0,
 }  # fmt: skip
 _POSITIVE = {
     "dirichlet-beta": "0.01 (extreme skew) to 100 (almost IID)",
     "connect-timeout-s": "120",
-    "round-timeout-s": "3600",
+    "prompt-deadline-s": "43200",
+    "round-deadline-s": "3600",
+    "max-client-share": "1",
+    "counts-epsilon": "1",
+    "client-dp-clip": "1",
+    "example-dp-clip": "1",
     "server-learning-rate": "0.01",
     "learning-rate": "0.01",
     "fraction-train": "1",
@@ -208,15 +215,17 @@ def _check_ranges(settings: Settings) -> None:
     for key in ("store-dir", "data-dir"):
         if flat[key] and not Path(str(flat[key])).expanduser().is_absolute():
             raise ConfigError(f'`{key}` must be empty or an absolute folder, but is {flat[key]!r}. Use for example "".')
-    if not settings.training.fraction_train <= 1:
-        raise ConfigError(f"`fraction-train` must be at most 1, but is {settings.training.fraction_train:g}. Use 1.")
-    for key in ("guidance-start", "guidance-stop"):
+    for key in ("fraction-train", "guidance-start", "guidance-stop", "max-client-share"):
         if typing.cast(float, flat[key]) > 1:
-            raise ConfigError(f"`{key}` must be a share of the steps, at most 1, but is {flat[key]:g}. Use 1.")
-    if not 0 < settings.prompts.embedding_delta < 1:
+            raise ConfigError(f"`{key}` must be a share, at most 1, but is {flat[key]:g}. Use 1.")
+    if settings.policy.min_clients > settings.run.num_clients:
         raise ConfigError(
-            f"`embedding-delta` must lie between 0 and 1, but is {settings.prompts.embedding_delta:g}. Use 1e-5."
+            f"`min-clients` must be at most `num-clients`, which is {settings.run.num_clients}, but is "
+            f"{settings.policy.min_clients}. Use 0 for all of them."
         )
+    for key in ("embedding-delta", "counts-delta", "dp-delta"):
+        if not 0 < typing.cast(float, flat[key]) < 1:
+            raise ConfigError(f"`{key}` must lie between 0 and 1, but is {flat[key]:g}. Use 1e-5.")
     unknown = [name for name in tracker_names(settings.run.trackers) if name not in TRACKERS]
     if unknown:
         raise ConfigError(f"`trackers` must list {', '.join(TRACKERS)} or nothing, but holds {unknown[0]!r}.")
@@ -250,6 +259,7 @@ def _check_combinations(settings: Settings) -> None:
             f"`prompt-level` must be class where the server writes the prompts, but is {prompts.prompt_level}. "
             'Use "class".'
         )
+    _check_defences(settings)
     synthesis = settings.synthesis
     if synthesis.profile == "turbo" and not synthesis.lora:
         raise ConfigError(
@@ -262,4 +272,42 @@ def _check_combinations(settings: Settings) -> None:
         raise ConfigError(
             "`embedding-epsilon` needs `embedding-clip` > 0, which bounds what noise must hide, and "
             "`embedding-summary` none or mean, because clusters depend on the data. Use for example embedding-clip=10."
+        )
+
+
+def _check_defences(settings: Settings) -> None:
+    """Refuse defences that would protect nothing where they are set."""
+    privacy, prompts = settings.privacy, settings.prompts
+    of_captions = {
+        "scrub": privacy.scrub != "off",
+        "caption-vocabulary": bool(privacy.caption_vocabulary),
+        "max-caption-words": privacy.max_caption_words > 0,
+    }
+    for key, is_set in of_captions.items():
+        if is_set and (prompts.prompt_level == "class" or settings.prompts_from_server or not settings.synthesizes):
+            raise ConfigError(f"`{key}` acts on captions, so `prompt-level` must be instance or embedding.")
+    if privacy.caption_vocabulary and not privacy.caption_vocabulary.startswith(("/", "~")):
+        raise ConfigError(
+            f"`caption-vocabulary` must be an absolute path on the clients, but is {privacy.caption_vocabulary!r}."
+        )
+    if privacy.classes_epsilon and not (
+        prompts.prompt_level == "class" and privacy.prompt_counts == "withheld" and settings.card.classes
+        and not settings.card.domains
+    ):  # fmt: skip
+        raise ConfigError(
+            "`classes-epsilon` needs `prompt-level` class and `prompt-counts` withheld, because captions and counts "
+            "would tell which classes are held, and known classes without domains. Set both, or use 0."
+        )
+    if privacy.prompt_counts == "noised" and prompts.num_prompts_per_class > 1 and prompts.prompt_level == "class":
+        raise ConfigError(
+            "`prompt-counts` noised needs `num-prompts-per-class` 1, so that one image stands behind one prompt."
+        )
+    if privacy.min_clients_per_prompt > settings.run.num_clients:
+        raise ConfigError(
+            f"`min-clients-per-prompt` must be at most `num-clients`, which is {settings.run.num_clients}, but is "
+            f"{privacy.min_clients_per_prompt}."
+        )
+    if privacy.min_clients_per_prompt > 1 and prompts.prompt_level == "embedding":
+        raise ConfigError(
+            "`min-clients-per-prompt` compares texts, so `prompt-level` must be class or instance, but is embedding."
         )

@@ -44,6 +44,13 @@ class PromptError(FGLError):
     client_sentence = "The client could not write prompts; its own log holds the reason."
 
 
+class ApprovalError(FGLError):
+    """The owner of a client has not approved what it would send."""
+
+    client_code = 105
+    client_sentence = "The owner of this client has not approved its prompts."
+
+
 class SynthesisError(FGLError):
     """The synthesis worker failed or the store does not hold what the plan asks for."""
 

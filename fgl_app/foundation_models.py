@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -67,4 +68,30 @@ def check_model_source(key: str, value: str, revision: str, marker: str, shipped
         raise ConfigError(
             f"`{key}` must be a model that the hub or its local cache has, but {value!r} cannot be had "
             f"({type(error).__name__}). Use {tiny_or}another one, or check name, revision, network and token."
+        ) from None
+
+
+def text_width(generator: str, revision: str) -> int:
+    """Return the width D of a generator's text encoder, from its configuration alone.
+
+    Args:
+        generator: ``tiny``, a folder that ``save_pretrained`` of the pipeline wrote, or a hub id.
+        revision: Git revision of a hub id; empty for the newest.
+
+    Raises:
+        ConfigError: If the generator has no text encoder whose configuration tells its width.
+    """
+    path, pinned = locate(generator, revision, tiny.DIFFUSION)
+    try:
+        if Path(path).is_dir():
+            file = Path(path) / "text_encoder" / "config.json"
+        else:
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(path, "text_encoder/config.json", revision=pinned))
+        return int(json.loads(file.read_text("utf-8"))["hidden_size"])
+    except Exception as error:  # the hub's library has many of its own
+        raise ConfigError(
+            f"`prompt-level` embedding needs a `generator` whose text encoder is CLIP's, as Stable Diffusion 1.x and "
+            f'2.x have it, but {generator!r} has none ({type(error).__name__}). Use for example "tiny".'
         ) from None

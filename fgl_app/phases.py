@@ -138,13 +138,27 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
     )
 
 
-def draw_synthetic_set(settings: Settings, plan: Plan, folder: RunFolder) -> tuple[ImageSet, SynthesisReport]:
-    """Draw what is missing and return the synthetic set at the classifier's image size."""
+def draw_synthetic_set(
+    settings: Settings, plan: Plan, folder: RunFolder, listen: Callable[[], None]
+) -> tuple[ImageSet, SynthesisReport]:
+    """Draw what is missing and return the synthetic set at the classifier's image size.
+
+    Args:
+        settings: The run's settings.
+        plan: What to draw.
+        folder: Of the run.
+        listen: Called every few seconds meanwhile.
+    """
+
+    def report_progress(line: str) -> None:
+        log(INFO, "%s", line)
+        listen()
+
     images, report = synthesize(
         plan,
         folder.synthetic,
         folder.path,
-        lambda line: log(INFO, "%s", line),
+        report_progress,
         size=settings.data.image_size,
         num_workers=settings.synthesis.synthesis_workers,
         ray_address=settings.synthesis.ray_address,

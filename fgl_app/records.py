@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from fgl_app.errors import PromptError
 from fgl_app.files import sha256
-from fgl_app.prompts import MAX_PROMPT_CHARS, PromptCount, is_printable
+from fgl_app.prompts import NamedPrompt, PromptCount
 from fgl_app.training import Evaluation
 
 PROMPTS_MESSAGE = "query.prompts"
@@ -24,14 +24,16 @@ ARRAYS, CONFIG, METRICS, PROMPTS, CLIENT = "arrays", "config", "metrics", "promp
 NUM_EXAMPLES = "num-examples"
 EQUAL_WEIGHT = "equal-weight"
 """Metric that is 1 for every client: the weight of the unweighted mean (FGL, Eq. 4)."""
+NUM_UNREADABLE = "num-unreadable"
 PARTITION_ID = "partition-id"
 PAYLOAD, EMBEDDINGS = "payload", "embeddings"
 CLASS_NAMES = "class-names"
 
-MAX_PROMPTS = 1_000_000
 MAX_PAYLOAD_BYTES = 32 * 2**20
 """Largest decompressed payload of one client."""
-MAX_CLASSES, MAX_NAME_CHARS = 10_000, 100
+MAX_CLASSES, MAX_CLIENTS = 10_000, 1_000_000
+MAX_TOKENS = 1024
+"""Longest embedding, tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +57,14 @@ def encode_prompts(upload: Upload) -> bytes:
     return zlib.compress(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode(), 9)
 
 
-@dataclass(frozen=True)
-class NamedPrompt:
-    """A prompt as it arrives: its class by name, not yet a label."""
-
-    class_name: str
-    prompt: str
-    count: int
-    domain: str
-
-
-def decode_prompts(payload: bytes) -> list[NamedPrompt]:
-    """Unpack and check what a client uploaded; clients are not trusted.
+def decode_prompts(payload: bytes) -> list[object]:
+    """Unpack what a client uploaded; its rows are not checked yet, see :func:`fgl_app.prompts.screen_prompts`.
 
     Args:
         payload: Bytes as :func:`encode_prompts` makes them.
 
     Raises:
-        PromptError: If anything is malformed, too large or out of range. The message holds no prompt.
+        PromptError: If the whole is malformed or too large. The message holds no prompt.
     """
     try:
         unzip = zlib.decompressobj()
@@ -82,61 +74,26 @@ def decode_prompts(payload: bytes) -> list[NamedPrompt]:
         rows = json.loads(raw.decode("utf-8"))
     except (zlib.error, ValueError, RecursionError):
         raise PromptError("A client's prompts must be zlib-compressed UTF-8 JSON, but cannot be read.") from None
-    if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_PROMPTS:
-        raise PromptError(f"A client must send 1 to {MAX_PROMPTS} distinct prompts.")
-    prompts = [_checked_row(row) for row in rows]
-    if len({(item.class_name, item.prompt, item.domain) for item in prompts}) < len(prompts):
-        raise PromptError("A client's prompts must be distinct within a class, but one is repeated.")
-    return prompts
+    if not isinstance(rows, list):
+        raise PromptError("A client's prompts must be a list, but are none.")
+    return rows
 
 
-def _checked_row(row: object) -> NamedPrompt:
-    match row:
-        case [str(name), int(count), str(prompt), *rest] if not isinstance(count, bool) and len(rest) <= 1:
-            domain = rest[0] if rest else ""
-        case _:
-            raise PromptError("Each prompt of a client must be [class name, count, text] or have a domain behind them.")
-    if not isinstance(domain, str) or len(domain) > MAX_NAME_CHARS:
-        raise PromptError(f"A prompt's domain must be a name of at most {MAX_NAME_CHARS} characters.")
-    if not 1 <= len(name) <= MAX_NAME_CHARS:
-        raise PromptError(f"A class name must have 1 to {MAX_NAME_CHARS} characters, but one has {len(name)}.")
-    if not 1 <= count <= 10**9:
-        raise PromptError("A prompt's count must be 1 to 1,000,000,000.")
-    if not 1 <= len(prompt) <= MAX_PROMPT_CHARS:
-        raise PromptError(f"A prompt must have 1 to {MAX_PROMPT_CHARS} characters, but one has {len(prompt)}.")
-    if not all(map(is_printable, name + prompt + domain)):
-        raise PromptError("A prompt must hold printable characters only.")
-    return NamedPrompt(name, prompt, count, domain)
-
-
-def label_prompts(
-    named: Iterable[NamedPrompt], class_names: Sequence[str], domains: Sequence[str] = ()
-) -> list[PromptCount]:
-    """Turn class names into labels of the run's label space.
-
-    Raises:
-        PromptError: If a class or a domain is none of the run's.
-    """
+def label_prompts(named: Iterable[NamedPrompt], class_names: Sequence[str]) -> list[PromptCount]:
+    """Turn the class names of screened prompts into labels of the run's label space."""
     labels = {name: label for label, name in enumerate(class_names)}
-    prompts = []
-    for item in named:
-        if item.class_name not in labels:
-            raise PromptError(f"A prompt's class must be one of the run's {len(class_names)} classes, but one is not.")
-        if item.domain and item.domain not in domains:
-            raise PromptError("A prompt's domain must be one of the card's, but one is not.")
-        prompts.append(PromptCount(labels[item.class_name], item.prompt, item.count, item.domain))
-    return prompts
+    return [PromptCount(labels[item.class_name], item.prompt, item.count, item.domain) for item in named]
 
 
-def union_of_classes(uploads: Iterable[Iterable[NamedPrompt]], least: int = 2) -> tuple[str, ...]:
+def union_of_classes(uploads: Iterable[Iterable[NamedPrompt]]) -> tuple[str, ...]:
     """Form the label space as the union of the clients' class names, in alphabetical order.
 
     Raises:
-        PromptError: If there are fewer than ``least`` classes, or absurdly many.
+        PromptError: If there are fewer than two classes, or absurdly many.
     """
     names = tuple(sorted({item.class_name for upload in uploads for item in upload}))
-    if not least <= len(names) <= MAX_CLASSES:
-        raise PromptError(f"The clients must hold {least} to {MAX_CLASSES} different classes, but hold {len(names)}.")
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise PromptError(f"The clients must hold 2 to {MAX_CLASSES} different classes, but hold {len(names)}.")
     return names
 
 
@@ -145,18 +102,32 @@ def client_record(partition_id: int) -> ConfigRecord:
     return ConfigRecord({PARTITION_ID: partition_id})
 
 
-def prompts_reply(upload: Upload, num_examples: int, partition_id: int) -> RecordDict:
-    """Build the content of a client's answer to :data:`PROMPTS_MESSAGE`."""
+def prompts_reply(upload: Upload, num_examples: int, partition_id: int, num_unreadable: int = 0) -> RecordDict:
+    """Build the content of a client's answer to :data:`PROMPTS_MESSAGE`.
+
+    Args:
+        upload: Prompts, and their embeddings if there are any.
+        num_examples: Training images of the client.
+        partition_id: Its place among the clients.
+        num_unreadable: Files among its images that could not be read.
+    """
     record = ConfigRecord({PAYLOAD: encode_prompts(upload)})
     if upload.embeddings:
         record[EMBEDDINGS] = save(dict(upload.embeddings))
     return RecordDict(
         {
             PROMPTS: record,
-            METRICS: MetricRecord({NUM_EXAMPLES: num_examples}),
+            METRICS: MetricRecord({NUM_EXAMPLES: num_examples, NUM_UNREADABLE: num_unreadable}),
             CLIENT: client_record(partition_id),
         }
     )
+
+
+def num_unreadable_of(message: Message) -> int:
+    """Return how many of its images a client says it could not read; 0 if it says nothing of the kind."""
+    record = message.content.get(METRICS)
+    number = record.get(NUM_UNREADABLE) if isinstance(record, MetricRecord) else None
+    return number if isinstance(number, int) and number > 0 else 0
 
 
 def payload_of(message: Message) -> bytes:
@@ -172,15 +143,16 @@ def payload_of(message: Message) -> bytes:
     return payload
 
 
-def embeddings_of(message: Message, named: Iterable[NamedPrompt]) -> tuple[dict[str, torch.Tensor], int]:
+def embeddings_of(message: Message, width: int) -> tuple[dict[str, torch.Tensor], int]:
     """Return and check the embeddings of a client's reply, and their size in bytes.
 
     Args:
         message: The reply.
-        named: The prompts of the same reply; each must be the name of an embedding.
+        width: D of the generator's text encoder.
 
     Raises:
-        PromptError: If embeddings are absent, not float16 ``[T, D]`` of finite numbers, or not those that are named.
+        PromptError: If embeddings are absent, not float16 ``[T, D]`` of finite numbers, or have other names than
+            :func:`embedding_name` gives.
     """
     record = message.content.get(PROMPTS)
     packed = record.get(EMBEDDINGS) if isinstance(record, ConfigRecord) else None
@@ -191,16 +163,14 @@ def embeddings_of(message: Message, named: Iterable[NamedPrompt]) -> tuple[dict[
     except Exception:  # safetensors raises an exception class of its own
         raise PromptError("A client's embeddings must be safetensors, but cannot be read.") from None
     for tensor in tensors.values():
-        if tensor.dtype != torch.float16 or tensor.dim() != 2 or not 1 <= len(tensor) <= 1024:
-            raise PromptError("A client's embedding must be float16 [T, D] with T from 1 to 1024.")
+        if tensor.dtype != torch.float16 or tensor.dim() != 2 or not 1 <= len(tensor) <= MAX_TOKENS:
+            raise PromptError(f"A client's embedding must be float16 [T, D] with T from 1 to {MAX_TOKENS}.")
+        if tensor.shape[1] != width:
+            raise PromptError(f"A client's embeddings must have the width of the generator's text encoder, {width}.")
         if not torch.isfinite(tensor).all():
             raise PromptError("A client's embedding must hold finite numbers only.")
-    if len({tensor.shape[1] for tensor in tensors.values()}) != 1:
-        raise PromptError("A client's embeddings must all have the width of the generator's text encoder.")
     if any(name != embedding_name(tensor) for name, tensor in tensors.items()):
         raise PromptError("A client's embedding must have the name that its content gives it, but one has another.")
-    if {item.prompt for item in named} != set(tensors):
-        raise PromptError("Each prompt of a client must name one of its embeddings, and each embedding be named.")
     return tensors, len(packed)
 
 
@@ -213,14 +183,20 @@ def embedding_name(embedding: torch.Tensor) -> str:
 def reply_order(message: Message) -> tuple[int, int]:
     """Sort key of a reply: the partition id where the client sent one, then the node id."""
     place = place_of(message)
-    return (2**62 if place is None else place, message.metadata.src_node_id)
+    return (MAX_CLIENTS if place is None else place, message.metadata.src_node_id)
 
 
 def place_of(message: Message) -> int | None:
-    """Return the partition id that a client sent, or None."""
+    """Return the partition id that a client sent, or None if it sent none that can be one."""
     record = message.content.get(CLIENT) if message.has_content() else None
     partition_id = record.get(PARTITION_ID) if isinstance(record, ConfigRecord) else None
-    return partition_id if isinstance(partition_id, int) else None
+    fits = isinstance(partition_id, int) and not isinstance(partition_id, bool) and 0 <= partition_id < MAX_CLIENTS
+    return cast(int, partition_id) if fits else None
+
+
+def training_metrics(num_examples: int, loss: float) -> MetricRecord:
+    """Build the metrics of a client's answer to ``train``; ``train_loss`` is the name that Flower's QFedAvg wants."""
+    return MetricRecord({NUM_EXAMPLES: num_examples, EQUAL_WEIGHT: 1, "loss": loss, "train_loss": loss})
 
 
 def evaluation_metrics(validation: Evaluation, test: Evaluation) -> MetricRecord:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import importlib.util
 import math
 import time
@@ -21,8 +23,8 @@ from fgl_app import tiny
 from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import client_rows, load_held_out, load_split
-from fgl_app.errors import ConfigError, FGLError, RoundError
-from fgl_app.foundation_models import check_model_source
+from fgl_app.errors import ConfigError, FGLError, RoundError, RunFolderError
+from fgl_app.foundation_models import check_model_source, text_width
 from fgl_app.models import check_model
 from fgl_app.phases import (
     Stopwatch,
@@ -35,17 +37,20 @@ from fgl_app.phases import (
     train_on_server,
     write_server_prompts,
 )
-from fgl_app.prompts import MergedPrompts
+from fgl_app.prompts import MergedPrompts, PromptLimits, fill, read_blocked_words
 from fgl_app.reporting.results import summarize
-from fgl_app.reporting.run_folder import RunFolder
+from fgl_app.reporting.run_folder import DrawnSet, RunFolder, forgotten_set
 from fgl_app.reporting.trackers import Tracker, open_trackers
 from fgl_app.settings import Settings
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.launch import SynthesisReport
+from fgl_app.synthesis.plan import Plan
 from fgl_app.training import Evaluation, accuracy_by_domain, check_device
 from strategies import FGL, CheckedRounds
 from strategies.inner import build_inner
-from strategies.rounds import Traffic
+from strategies.prompt_round import PromptRound
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 app = ServerApp()
 
@@ -58,6 +63,15 @@ def main(grid: Grid, context: Context) -> None:
     except FGLError as error:
         log(ERROR, "error: %s", error)
         raise
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        failure = RunFolderError(
+            f"The disk of `output-dir` must take what the run writes, but does not ({error.strerror}). Make room; what "
+            "is finished is kept: start the run again with the same `run-name`."
+        )
+        log(ERROR, "error: %s", failure)
+        raise failure from error
 
 
 def check_settings(settings: Settings) -> Settings:
@@ -73,6 +87,7 @@ def check_settings(settings: Settings) -> Settings:
     check_model(settings.training.model, len(names), settings.data.image_size)
     if settings.training.initial_weights != "random":
         initial_arrays(settings, names)
+    read_blocked_words(settings.policy.blocked_words)
     open_trackers(settings, None)
     prompts, synthesis = settings.prompts, settings.synthesis
     if settings.synthesizes:
@@ -86,6 +101,8 @@ def check_settings(settings: Settings) -> Settings:
         ):
             if value:
                 check_model_source(key, value, revision, marker)
+        if prompts.prompt_level == "embedding":
+            text_width(synthesis.generator, synthesis.generator_revision)
         # A folder with a captioner lies on the clients, which check it themselves.
         asked = not settings.prompts_from_server and prompts.prompt_level != "class"
         if asked and not prompts.captioner.startswith(("/", "~")):
@@ -130,8 +147,7 @@ def _inner_strategy(settings: Settings) -> Strategy:
     return build_inner(
         training.strategy,
         training.strategy_options,
-        num_selected=math.ceil(training.fraction_train * num_clients),
-        num_clients=num_clients,
+        num_selected=min(math.ceil(training.fraction_train * num_clients), settings.policy.min_clients or num_clients),
         weighting=training.weighting,
         evaluate_on_clients=settings.own_folders,
     )
@@ -151,7 +167,9 @@ class Session:
     """The run's K classes; empty until the clients have said theirs, if the run unites them."""
     synthesis: SynthesisReport | None = None
     store_hash: str | None = None
-    prompts_upload: dict[str, int] | None = None
+    _plan: Plan | None = None
+    """What was drawn, if this start has seen it."""
+    prompt_round: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Find the finished rounds of earlier starts."""
@@ -194,7 +212,7 @@ class Session:
                 grid=grid,
                 initial_arrays=self._first_arrays(),
                 num_rounds=run_settings.num_server_rounds - offset,
-                timeout=run_settings.round_timeout_s,
+                timeout=self.settings.policy.round_deadline_s,
                 evaluate_fn=self._evaluate_fn(strategy, offset),
             )
 
@@ -203,7 +221,7 @@ class Session:
         return summarize(
             self.settings,
             self.rounds,
-            prompts_upload=self.prompts_upload,
+            prompt_round=self.prompt_round,
             synthesis=self.synthesis,
             store_hash=self.store_hash,
             seconds=self.stopwatch.seconds,
@@ -222,7 +240,9 @@ class Session:
             "fraction_train": self.settings.training.fraction_train,
             "seed": self.settings.run.seed,
             "parameters": parameter_names(self.settings, self.class_names or ("", "")),
-            "connect_timeout_s": self.settings.run.connect_timeout_s,
+            "connect_timeout_s": self.settings.policy.connect_timeout_s,
+            "min_clients": self.settings.policy.min_clients,
+            "max_update_norm": self.settings.policy.max_update_norm,
             "rounds_done": done,
         }
 
@@ -232,47 +252,93 @@ class Session:
     def _fgl(self, done: int) -> FGL:
         merged = None
         if (earlier := self.folder.load_prompts()) is not None:
-            merged, self.prompts_upload = earlier
+            merged, self.prompt_round = earlier
             self.class_names = merged.class_names
             log(INFO, "resuming: %s distinct prompts of this run are reused", len(merged.prompts))
         elif self.settings.prompts_from_server:
             with self.stopwatch.measure("prompts"):
                 merged = write_server_prompts(self.settings)
             self.folder.save_prompts(merged, None)
-        strategy = FGL(
+        return FGL(
             _inner_strategy(self.settings),
-            domains=self.settings.card.domains,
-            with_embeddings=self.settings.prompts.prompt_level == "embedding",
+            prompt_round=self._ask_for_prompts,
             synthesize=self._synthesize,
             pretrain=self._pretrain,
             finetune=self._finetune if self.settings.training.server_finetune_epochs else None,
             prompts=merged,
-            on_prompts=lambda found: self._keep_prompts(found, strategy.traffic),
+            on_prompts=self._keep_prompts,
             **self._common(done),
         )
-        return strategy
 
-    def _keep_prompts(self, merged: MergedPrompts, traffic: Traffic) -> None:
-        self.stopwatch.seconds["prompts"] = time.monotonic() - self._round_started
+    def _ask_for_prompts(self, grid: Grid) -> PromptRound:
+        policy, prompts, synthesis = self.settings.policy, self.settings.prompts, self.settings.synthesis
+        by_embedding = prompts.prompt_level == "embedding"
+        return PromptRound(
+            grid,
+            PromptLimits(
+                policy.max_prompts_per_client, policy.max_prompt_chars, read_blocked_words(policy.blocked_words)
+            ),
+            class_names=self.class_names,
+            domains=self.settings.card.domains,
+            embedding_width=text_width(synthesis.generator, synthesis.generator_revision) if by_embedding else None,
+            max_client_share=policy.max_client_share,
+            uniform=synthesis.prompt_budget == "uniform",
+            min_senders=self.settings.privacy.min_clients_per_prompt,
+            class_prompt=self._class_prompt,
+            deadline_s=policy.prompt_deadline_s,
+        )
+
+    def _class_prompt(self, class_name: str, domain: str) -> str:
+        named = {item.name: item.prompt for item in self.settings.card.classes}
+        template = self.settings.prompt_form(domain or None).class_templates[0]
+        return fill(template, named.get(class_name, class_name))
+
+    def _keep_prompts(self, merged: MergedPrompts, exchange: PromptRound) -> None:
+        self.stopwatch.seconds.setdefault("prompts", time.monotonic() - self._round_started)
         self.class_names = merged.class_names
-        self.prompts_upload = {
-            "payload": max(traffic.prompt_payload_bytes),
-            "message": max(traffic.prompt_bytes),
-            "all_messages": sum(traffic.prompt_bytes),
-            "clients_asked": traffic.num_asked_for_prompts,
-            "clients_used": len(traffic.prompt_bytes),
+        self.prompt_round = {
+            **exchange.report(),
+            "upload": {
+                "payload": max(exchange.payload_bytes),
+                "message": max(exchange.message_bytes),
+                "all_messages": sum(exchange.message_bytes),
+            },
         }
-        self.folder.save_prompts(merged, self.prompts_upload)
+        self.folder.save_prompts(merged, self.prompt_round)
 
-    def _synthesize(self, merged: MergedPrompts) -> ImageSet:
+    def _synthesize(self, merged: MergedPrompts, listen: Callable[[], None]) -> ImageSet:
+        if (kept := forgotten_set(self.folder.path)) is not None:
+            return self._read_again(kept)
         plan = draw_plan(self.settings, merged, self.folder.embeddings)
         with self.stopwatch.measure("synthesis"):
-            images, self.synthesis = draw_synthetic_set(self.settings, plan, self.folder)
+            images, report = draw_synthetic_set(self.settings, plan, self.folder, listen)
+        earlier = self.synthesis.generated if self.synthesis else 0  # before the prompts of a late client
+        self.synthesis = dataclasses.replace(
+            report,
+            generated=report.generated + earlier,
+            reused=report.reused - earlier,
+            seconds=self.stopwatch.seconds["synthesis"],
+        )
+        self._plan = plan
         store = UnitStore(self.folder.synthetic, plan.settings.digest())
         self.store_hash = store.content_hash(as_ids(sample.sample_id for sample in plan.samples()))
         return images
 
+    def _read_again(self, drawn: DrawnSet) -> ImageSet:
+        """Read the synthetic set of an earlier start that has deleted its prompts since."""
+        self.folder.forget_prompts(drawn)
+        store = UnitStore(self.folder.synthetic, drawn.settings_digest)
+        images = store.read(drawn.sample_ids, size=self.settings.data.image_size)
+        seconds = store.index().seconds(drawn.sample_ids)
+        self.synthesis = SynthesisReport(len(images), 0, len(images), {}, {}, 0.0, seconds)
+        self.store_hash = store.content_hash(drawn.sample_ids)
+        return images
+
     def _pretrain(self, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:
+        if self._plan is not None and not self.settings.privacy.retain_prompts:
+            sample_ids = as_ids(sample.sample_id for sample in self._plan.samples())
+            labels = tuple(sample.label for sample in self._plan.samples())
+            self.folder.forget_prompts(DrawnSet(self._plan.settings.digest(), sample_ids, labels))
         with self.stopwatch.measure("pretraining"):
             return train_on_server(
                 self.settings,
@@ -311,14 +377,16 @@ class Session:
                 metrics = strategy.client_metrics[number]
                 measured = {key: cast(float, metrics[key]) for key in ("accuracy", "loss", "validation_accuracy")}
             phase = "one-shot" if self.settings.synthesizes and number == 1 else "federated"
-            sizes = strategy.traffic.model_bytes.get(number, [])
-            prompts_upload = (self.prompts_upload or {}).get("all_messages", 0) if number == 1 else 0
+            sizes = strategy.model_bytes.get(number, [])
+            prompts_upload = self.prompt_round["upload"]["all_messages"] if self.prompt_round and number == 1 else 0
+            refused = strategy.refusals[number].rows() if number in strategy.refusals else []
             reused = self.synthesis.reused_seconds if phase == "one-shot" and self.synthesis else 0.0
             sent = {
                 **({"reused_seconds": round(reused, 3)} if reused else {}),
                 "model_upload_bytes": round(sum(sizes) / len(sizes)) if sizes else 0,
                 "upload_bytes": sum(sizes) + prompts_upload,
                 "clients": len(sizes),
+                **({"refused": refused} if refused else {}),
                 **strategy.update_metrics.get(number, {}),
             }
             self._finish_round(number, phase, arrays, measured, sent, strategy.memory())

@@ -31,13 +31,9 @@ class RunSettings:
     seed: int
     """Seed of everything random."""
     num_clients: int
-    """Clients that must be connected before the run begins."""
+    """Clients of the federation."""
     num_server_rounds: int
     """Rounds as the paper counts them: 1 = one-shot, 5 = prompt round and 4 FedAvg rounds."""
-    connect_timeout_s: float
-    """Seconds to wait for the clients to connect."""
-    round_timeout_s: float
-    """Seconds to wait for the replies of one exchange; captioning is the longest."""
     device: str
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
 
@@ -202,6 +198,77 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class PolicySettings:
+    """How long the server waits for the clients, and what it accepts of them."""
+
+    min_clients: int
+    """Quorum: so many clients must be connected when ``connect-timeout-s`` is over, and so many usable replies must
+    come in every exchange, or all where fewer are asked; else the run ends, and keeps what it has. 0: all of
+    ``num-clients`` must be connected, and one usable reply is enough."""
+    connect_timeout_s: float
+    """Seconds to wait for the clients to connect."""
+    prompt_deadline_s: float
+    """Seconds to wait for the clients' prompts; captioning may take hours. Prompts that come later, but before all
+    images are drawn, are merged."""
+    round_deadline_s: float
+    """Seconds to wait for the replies in a round; slower clients are left out of it."""
+    max_prompts_per_client: int
+    """Distinct prompts accepted of one client."""
+    max_prompt_chars: int
+    """Longest prompt accepted, characters."""
+    blocked_words: str
+    """Words and phrases, separated by commas, that no prompt may hold, or the absolute path of a file with one per
+    line."""
+    max_client_share: float
+    """Largest share of a class's images that the prompts of one client may claim, > 0 to 1; 1 is no limit. A class
+    that one client holds alone stays its own."""
+    max_update_norm: float
+    """Largest L2 norm of a client's update, over all weights and statistics; 0 is no limit."""
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """Defences, all off by default; SECURITY.md says what each one stops."""
+
+    scrub: Literal["off", "on", "strict"]
+    """What clients remove from captions: ``on``: contacts, numbers, names and places; ``strict``: rare words, too."""
+    caption_vocabulary: str
+    """Absolute path, on each client, of a text file with the words that captions may hold, one per line; all others
+    are removed. Empty for any."""
+    max_caption_words: int
+    """Captions are cut behind so many words; 0 for no cut."""
+    prompt_counts: Literal["exact", "noised", "withheld"]
+    """Numbers of images that clients report with their prompts: ``noised``: discrete Laplace noise, and prompts whose
+    noised count is small are not sent; ``withheld``: all 1."""
+    counts_epsilon: float
+    """Epsilon of noised counts, for one image more or less."""
+    counts_delta: float
+    """Delta of noised counts: the probability that a prompt of one image is sent at all."""
+    classes_epsilon: float
+    """Randomized response on which classes a client holds, epsilon per class; 0 for the truth."""
+    require_approval: bool
+    """Whether prompts wait on each client until its owner approves them with ``fgl approve``."""
+    min_clients_per_prompt: int
+    """A caption is used only if so many clients sent it or one that differs in case, digits and punctuation alone;
+    otherwise the class's own prompt takes its place."""
+    retain_prompts: bool
+    """Whether the server keeps the prompts after the images are drawn."""
+    client_dp: Literal["off", "fixed", "adaptive", "client-fixed", "client-adaptive"]
+    """Differential privacy of each client's whole data in the rounds, by Flower's strategies: clipping on the server or
+    on the clients, to a fixed norm or to an adaptive one."""
+    client_dp_noise: float
+    """Noise multiplier: standard deviation of the noise on the sum of updates, in clipping norms."""
+    client_dp_clip: float
+    """Clipping norm of an update; the first one where it is adaptive."""
+    example_dp_noise: float
+    """Noise multiplier of DP-SGD on the clients, which protects single images; 0 for ordinary SGD."""
+    example_dp_clip: float
+    """Clipping norm of the gradient of one image in DP-SGD."""
+    dp_delta: float
+    """Delta at which the epsilon of the rounds is stated."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that a run was asked for, with the card's values where it left them to the card."""
 
@@ -210,6 +277,8 @@ class Settings:
     prompts: PromptSettings
     synthesis: SynthesisSettings
     training: TrainingSettings
+    policy: PolicySettings
+    privacy: PrivacySettings
     card: Card
 
     def flat(self) -> dict[str, RunConfigValue]:
@@ -253,6 +322,8 @@ SECTIONS = {
     "prompts": PromptSettings,
     "synthesis": SynthesisSettings,
     "training": TrainingSettings,
+    "policy": PolicySettings,
+    "privacy": PrivacySettings,
 }
 """The parts of :class:`Settings` that hold keys of the run configuration."""
 

@@ -7,6 +7,7 @@ environment of whoever started it first. Here each run starts its SuperLink, che
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -17,7 +18,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from fgl_app import tiny
 from fgl_app.config import APP_FOLDER, default_run_config, parse_run_config
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.foundation_models import check_model_source
-from fgl_app.server_app import check_settings
 from fgl_app.settings import RunConfigValue
 
 _START_TIMEOUT_S = 60.0
@@ -57,7 +56,10 @@ def simulate(
         RunFailedError: If the run did not complete.
     """
     chosen = dict(overrides) | {"num-clients": num_clients}
-    settings = check_settings(parse_run_config(default_run_config() | chosen))
+    settings = parse_run_config(default_run_config() | chosen)
+    from fgl_app.server_app import check_settings  # seconds of import, which a misspelt key does not wait for
+
+    check_settings(settings)
     if settings.prompts.prompt_level != "class":  # the clients are on this machine
         check_model_source(
             "captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json", tiny.CAPTIONER
@@ -145,11 +147,11 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            return
-        except OSError:  # urllib's errors are OSErrors
-            pass
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+            connection.request("GET", "/health")
+            if connection.getresponse().status == http.client.OK:
+                return
         time.sleep(0.2)
     tail = log_path.read_text("utf-8", "replace")[-2000:]
     raise RunFailedError(f"The SuperLink must start within {_START_TIMEOUT_S:g} s, but did not. Its log ends:\n{tail}")

@@ -93,7 +93,7 @@ class SampleIndex:
         at = self.find(wanted)
         numbers, counts = np.unique(self.unit[at[at >= 0]], return_counts=True)
         return sum(
-            float(manifest.get("seconds", 0.0)) * int(count) / max(1, int(manifest["num_images"]))
+            float(manifest["seconds"]) * int(count) / max(1, int(manifest["num_images"]))
             for count, manifest in (
                 (count, self.manifests[self.units[number]]) for number, count in zip(numbers, counts, strict=True)
             )
@@ -283,8 +283,10 @@ class UnitStore:
                     and len(bytes.fromhex(manifest["sample_ids"])) == 16 * manifest["num_images"]
                     and all(len(bytes.fromhex(each)) == 16 for each in manifest.setdefault("left_out", {}))
                     and isinstance(manifest["sha256"], str)
+                    and 0 <= float(manifest.setdefault("seconds", 0.0)) < float("inf")
+                    and all(0 <= rejected <= seen for seen, rejected in manifest.get("judged", {}).values())
                 )
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 continue
             if sound:
                 yield unit_id, manifest

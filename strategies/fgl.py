@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from logging import INFO, WARNING
+from logging import INFO
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from fgl_app.data.images import ImageSet
-from fgl_app.errors import PromptError, RoundError
-from fgl_app.prompts import MergedPrompts, merge_prompts
-from fgl_app.records import (
-    CONFIG,
-    PROMPTS_MESSAGE,
-    decode_prompts,
-    embeddings_of,
-    label_prompts,
-    payload_of,
-    serialized_bytes,
-    union_of_classes,
-)
+from fgl_app.errors import RoundError
+from fgl_app.prompts import MergedPrompts
+from strategies.prompt_round import PromptRound
 from strategies.rounds import CheckedRounds
 
-Synthesize = Callable[[MergedPrompts], ImageSet]
+Synthesize = Callable[[MergedPrompts, Callable[[], None]], ImageSet]
 Pretrain = Callable[[ArrayRecord, ImageSet], ArrayRecord]
 Finetune = Callable[[int, ArrayRecord, ImageSet], ArrayRecord]
 
@@ -41,18 +31,20 @@ class FGL(CheckedRounds):
         inner: Strategy of rounds 2 to R; ``FedAvg()`` if None.
         class_names: The K classes; empty for the union of the clients' classes.
         num_clients: Clients that must be connected when an exchange begins.
-        domains: Names of the domains that prompts may have.
-        with_embeddings: Whether prompts are names of embeddings, which come along.
-        synthesize: Draws the synthetic set from the merged prompts.
+        prompt_round: Makes the exchange that asks the clients for their prompts.
+        synthesize: Draws the synthetic set from the merged prompts, and calls its second argument now and then, which
+            listens for late clients.
         pretrain: Trains the initial weights on the synthetic set (FGL, Section 3.3; its result is the one-shot model).
         finetune: Trains the aggregated weights of a round on the synthetic set ("R-round-syn"); None for none.
         prompts: Merged prompts of an earlier start of this run, or those that the server wrote itself (GPT-FL); then no
             client is asked.
-        on_prompts: Called with the merged prompts as soon as they are complete.
+        on_prompts: Called with the merged prompts before and after images are drawn from them.
         fraction_train: Share of the clients that train in a round.
         seed: Seed of their draw.
         parameters: Names of the arrays that are trained.
         connect_timeout_s: Seconds to wait for the clients.
+        min_clients: Quorum of connected clients and usable replies; see :class:`CheckedRounds`.
+        max_update_norm: Largest L2 norm of a client's update; 0 for any.
         rounds_done: 0, or the finished rounds of an earlier start; with 1 or more, ``start()`` takes their weights as
             its initial arrays and neither pre-trains nor evaluates them again.
     """
@@ -63,17 +55,18 @@ class FGL(CheckedRounds):
         *,
         class_names: Sequence[str],
         num_clients: int,
-        domains: Sequence[str] = (),
-        with_embeddings: bool = False,
+        prompt_round: Callable[[Grid], PromptRound],
         synthesize: Synthesize,
         pretrain: Pretrain,
         finetune: Finetune | None = None,
         prompts: MergedPrompts | None = None,
-        on_prompts: Callable[[MergedPrompts], None] | None = None,
+        on_prompts: Callable[[MergedPrompts, PromptRound], None] = lambda merged, exchange: None,
         fraction_train: float = 1.0,
         seed: int = 0,
         parameters: Collection[str] | None = None,
         connect_timeout_s: float = 120.0,
+        min_clients: int = 0,
+        max_update_norm: float = 0.0,
         rounds_done: int = 0,
     ) -> None:
         """See the class."""
@@ -85,10 +78,11 @@ class FGL(CheckedRounds):
             seed=seed,
             parameters=parameters,
             connect_timeout_s=connect_timeout_s,
+            min_clients=min_clients,
+            max_update_norm=max_update_norm,
             rounds_done=rounds_done,
         )
-        self._domains = tuple(domains)
-        self._with_embeddings = with_embeddings
+        self._prompt_round = prompt_round
         self._synthesize = synthesize
         self._pretrain = pretrain
         self._finetune = finetune
@@ -124,14 +118,12 @@ class FGL(CheckedRounds):
         Raises:
             RoundError: If fewer clients than needed connect, or none succeeds in an exchange.
         """
-        prompts = self._prompts
-        if prompts is None:
-            prompts = self.collect_prompts(grid, timeout)
-            if self._on_prompts is not None:
-                self._on_prompts(prompts)
-        self.class_names = prompts.class_names
+        if self._prompts is None:
+            self._synthetic = self._draw_while_listening(self._collect_prompts(grid))
+        else:
+            self.class_names = self._prompts.class_names
+            self._synthetic = self._synthesize(self._prompts, lambda: None)
         arrays = initial_arrays
-        self._synthetic = self._synthesize(prompts)
         if self.rounds_done == 0:
             arrays = self._pretrain(initial_arrays, self._synthetic)
             self._evaluate_on_clients(grid, arrays, evaluate_config or ConfigRecord(), timeout)
@@ -149,51 +141,39 @@ class FGL(CheckedRounds):
             result.arrays = arrays
         return _renumbered(result, self.rounds_done)
 
-    def collect_prompts(self, grid: Grid, timeout: float) -> MergedPrompts:
-        """Ask every client for its prompts and merge them (FGL, Algorithm 1: the clients' part of round 1).
+    def _collect_prompts(self, grid: Grid) -> PromptRound:
+        """Ask every client for its prompts (FGL, Algorithm 1: the clients' part of round 1).
 
         Raises:
-            RoundError: If fewer clients than needed connect, or none sends usable prompts.
+            RoundError: If fewer clients than the quorum connect, or send usable prompts.
         """
         nodes = self.wait_for_clients(grid)
         log(INFO, "[ROUND 1] asking %s clients for prompts", len(nodes))
-        content = RecordDict({CONFIG: ConfigRecord({"server-round": 1})})
-        questions = [Message(content=content, message_type=PROMPTS_MESSAGE, dst_node_id=node) for node in nodes]
-        replies = list(grid.send_and_receive(questions, timeout=timeout))
-        if len(replies) < len(nodes):
-            log(WARNING, "prompt round: %s of %s clients did not reply in time", len(nodes) - len(replies), len(nodes))
-        uploads, refusals = [], set()
-        embeddings: dict[str, torch.Tensor] = {}
-        for reply in self.usable_replies("the prompt round", replies):
-            if not reply.has_content():
-                continue
-            try:
-                payload = payload_of(reply)
-                named = decode_prompts(payload)
-                # A client that names other classes or domains is refused alone.
-                label_prompts(named, self.class_names or union_of_classes([named], least=1), self._domains)
-                payload_bytes = len(payload)
-                if self._with_embeddings:
-                    sent, size = embeddings_of(reply, named)
-                    embeddings |= sent
-                    payload_bytes += size
-            except PromptError as error:
-                log(WARNING, "prompt round: refused the prompts of one client: %s", error)
-                refusals.add(str(error))
-                continue
-            uploads.append(named)
-            self.traffic.prompt_bytes.append(serialized_bytes(reply))
-            self.traffic.prompt_payload_bytes.append(payload_bytes)
-        if not uploads:
-            raise RoundError(f"In the prompt round no client's prompts could be used: {' '.join(sorted(refusals))}")
-        self.traffic.num_asked_for_prompts = len(nodes)
-        class_names = self.class_names or union_of_classes(uploads)
-        merged = merge_prompts([label_prompts(named, class_names, self._domains) for named in uploads])
-        absent = len(class_names) - len({item.label for item in merged})
-        if absent:
-            log(WARNING, "prompt round: no client sent a prompt of %s of %s classes", absent, len(class_names))
-        log(INFO, "[ROUND 1] %s clients sent %s distinct prompts", len(uploads), len(merged))
-        return MergedPrompts(tuple(merged), class_names, embeddings)
+        exchange = self._prompt_round(grid)
+        exchange.ask(nodes)
+        exchange.wait()
+        needed = max(1, min(self._min_clients, exchange.num_asked))
+        if exchange.num_used < needed:
+            raise RoundError(
+                f"In the prompt round at least {needed} of {exchange.num_asked} clients must send usable prompts, but "
+                f"{exchange.num_asked - exchange.num_used} of {exchange.num_asked} failed: "
+                f"{' '.join(exchange.refusals.reasons()) or 'no client replied in time.'}"
+            )
+        return exchange
+
+    def _draw_while_listening(self, exchange: PromptRound) -> ImageSet:
+        """Draw the synthetic set; prompts that come before it is finished are merged, and what they add is drawn."""
+        images, drawn_for = None, 0
+        while images is None or drawn_for < exchange.num_used:
+            drawn_for = exchange.num_used
+            found = exchange.merged()
+            self._on_prompts(found, exchange)
+            self.class_names = found.class_names
+            images = self._synthesize(found, exchange.listen)
+            exchange.listen()
+        self._on_prompts(found, exchange)  # now it is known who missed it
+        self._places |= exchange.refusals.places
+        return images
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

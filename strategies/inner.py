@@ -26,16 +26,13 @@ def strategy_names() -> list[str]:
     )
 
 
-def build_inner(
-    name: str, options: str, *, num_selected: int, num_clients: int, weighting: str, evaluate_on_clients: bool
-) -> Strategy:
+def build_inner(name: str, options: str, *, num_selected: int, weighting: str, evaluate_on_clients: bool) -> Strategy:
     """Build the strategy of the rounds.
 
     Args:
         name: Name of its class in ``flwr.serverapp.strategy``.
         options: Its own parameters, ``KEY=NUMBER`` each, divided by blanks.
-        num_selected: Clients that train in a round.
-        num_clients: All clients.
+        num_selected: Least number of clients that train in a round.
         weighting: ``examples``: the mean is weighted by the clients' numbers of images (McMahan et al. 2017);
             ``uniform``: it is not (FGL, Eq. 4).
         evaluate_on_clients: Whether clients evaluate after each round.
@@ -66,7 +63,7 @@ def build_inner(
             fraction_train=1.0,
             fraction_evaluate=1.0 if evaluate_on_clients else 0.0,
             min_train_nodes=num_selected,
-            min_evaluate_nodes=num_clients if evaluate_on_clients else 0,
+            min_evaluate_nodes=num_selected if evaluate_on_clients else 0,
             min_available_nodes=num_selected,
             weighted_by_key=NUM_EXAMPLES if weighting == "examples" else EQUAL_WEIGHT,
             evaluate_metrics_aggr_fn=mean_evaluation,

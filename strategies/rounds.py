@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from fgl_app.errors import ConfigError, DataError, FGLError, ModelError, PromptError, RoundError
+from fgl_app.errors import RoundError
 from fgl_app.records import ARRAYS, CLASS_NAMES, EQUAL_WEIGHT, PLACE_MESSAGE, place_of, reply_order, serialized_bytes
 from fgl_app.rng import numpy_generator
+from strategies.refusals import Refusals, error_sentence
+from strategies.screening import evaluation_fault, update_fault
 from strategies.server_optimizers import (
     begin_from_sent_arrays,
     is_server_optimizer,
@@ -29,29 +30,13 @@ from strategies.server_optimizers import (
     split_statistics,
 )
 
-_SENTENCES = {
-    error.client_code: error.client_sentence for error in (FGLError, ConfigError, DataError, ModelError, PromptError)
-}
-
-
-@dataclass
-class Traffic:
-    """Bytes that clients uploaded, counted on the serialized Flower messages."""
-
-    model_bytes: dict[int, list[int]] = field(default_factory=dict)
-    """Size of each reply to the training messages of a round, by round."""
-    num_asked_for_prompts: int = 0
-    """Clients that were sent the prompt message."""
-    prompt_bytes: list[int] = field(default_factory=list)
-    """Size of each reply to the prompt message."""
-    prompt_payload_bytes: list[int] = field(default_factory=list)
-    """Size of the packed prompts alone in each of them."""
-
 
 class CheckedRounds(Strategy):
     """Run the rounds of an inner strategy, whatever it is, and check what Flower leaves unchecked.
 
-    * A round in which no client trained ends the run with the reasons; Flower would go on with the old weights.
+    * A round in which fewer clients than the quorum trained ends the run with the reasons; Flower would go on with the
+      old weights.
+    * Replies are untrusted: one that breaks a rule of :mod:`strategies.screening` is dropped, with its reason.
     * Replies are put into the order of their partition ids, so that floating-point sums do not depend on who was first.
     * Integer buffers, such as BatchNorm's ``num_batches_tracked``, come back as integers. BatchNorm's running mean and
       variance are averaged like every other array (FGL, Eq. 4: the whole state dict), also beside a server optimizer,
@@ -71,6 +56,8 @@ class CheckedRounds(Strategy):
         seed: int = 0,
         parameters: Collection[str] | None = None,
         connect_timeout_s: float = 120.0,
+        min_clients: int = 0,
+        max_update_norm: float = 0.0,
         rounds_done: int = 0,
     ) -> None:
         """Wrap ``inner``.
@@ -85,6 +72,10 @@ class CheckedRounds(Strategy):
             parameters: Names of the arrays that are trained, which alone count in the diversity of updates and reach a
                 server optimizer; None for all. BatchNorm's statistics are none.
             connect_timeout_s: Seconds to wait for them; Flower's own strategies would wait for ever.
+            min_clients: Quorum: so many must be connected when that time is over, and so many usable replies must come,
+                or all where fewer are asked. 0: all of ``num_clients`` must be connected, and one usable reply is
+                enough.
+            max_update_norm: Largest L2 norm of a client's update; 0 for any.
             rounds_done: Rounds that came before the first one.
         """
         self.inner = inner
@@ -98,14 +89,20 @@ class CheckedRounds(Strategy):
         self._places: dict[int, int] = {}
         self._sent: ArrayRecord | None = None
         self._connect_timeout_s = connect_timeout_s
-        self._num_asked_to_evaluate = 0
-        self.traffic = Traffic()
+        self._min_clients = min_clients
+        self._waited_for_all = False
+        self._max_update_norm = max_update_norm
+        self._asked: dict[str, list[Message]] = {}
+        self.model_bytes: dict[int, list[int]] = {}
+        """Size of each usable reply to the training messages of a round, as Flower serializes it, by round."""
         self.train_metrics: dict[int, MetricRecord] = {}
         """What the inner strategy made of the clients' training metrics, by round."""
         self.client_metrics: dict[int, MetricRecord] = {}
         """What the inner strategy made of the clients' evaluation metrics, by round."""
         self.update_metrics: dict[int, dict[str, float]] = {}
         """Diversity and drift of the clients' updates, by round."""
+        self.refusals: dict[int, Refusals] = {}
+        """What clients sent in a round and was not used, by round."""
         self._dtypes: dict[str, str] = {}
 
     def configure_train(
@@ -124,12 +121,14 @@ class CheckedRounds(Strategy):
         nodes = self.wait_for_clients(grid)
         if self._fraction_train < 1:
             grid = cast(Grid, _SomeNodes(grid, self._draw_clients(grid, nodes, number)))
-        if not self._splits_statistics:
-            return self.inner.configure_train(number, arrays, config, grid)
-        assert self._parameters is not None
-        messages = list(self.inner.configure_train(number, only(arrays, self._parameters), config, grid))
-        for message in messages:
-            message.content[ARRAYS] = arrays
+        if self._splits_statistics:
+            assert self._parameters is not None
+            messages = list(self.inner.configure_train(number, only(arrays, self._parameters), config, grid))
+            for message in messages:
+                message.content[ARRAYS] = arrays
+        else:
+            messages = list(self.inner.configure_train(number, arrays, config, grid))
+        self._asked["train"] = messages
         return messages
 
     def aggregate_train(
@@ -138,18 +137,21 @@ class CheckedRounds(Strategy):
         """Let the inner strategy aggregate the sorted replies.
 
         Raises:
-            RoundError: If no client trained, or the inner strategy aggregated nothing.
+            RoundError: If fewer clients than the quorum trained, or the inner strategy aggregated nothing.
         """
         number = self.rounds_done + server_round
-        ordered = self.usable_replies(f"training round {number}", replies)
-        self.traffic.model_bytes[number] = [serialized_bytes(reply) for reply in ordered if reply.has_content()]
-        contents = [reply.content for reply in ordered if reply.has_content()]
+        sent = self._sent
+        assert sent is not None
+        ordered = self.usable_replies(
+            number, "train", replies, lambda reply: update_fault(reply, sent, self._max_update_norm)
+        )
+        self.model_bytes[number] = [serialized_bytes(reply) for reply in ordered]
+        contents = [reply.content for reply in ordered]
         for content in contents:  # the weight of the unweighted mean is not the client's to choose
             for metrics_record in content.metric_records.values():
                 metrics_record[EQUAL_WEIGHT] = 1
-        if self._sent is not None:
-            updates = [content.array_records[ARRAYS] for content in contents]
-            self.update_metrics[number] = update_metrics(self._sent, updates, self._parameters)
+        updates = [content.array_records[ARRAYS] for content in contents]
+        self.update_metrics[number] = update_metrics(sent, updates, self._parameters)
         statistics = split_statistics(contents, self._parameters or ()) if self._splits_statistics else []
         arrays, metrics = self.inner.aggregate_train(number, ordered)
         if arrays is None or len(arrays) == 0:
@@ -168,19 +170,20 @@ class CheckedRounds(Strategy):
         self.wait_for_clients(grid)
         config = self._with_label_space(config)
         questions = list(self.inner.configure_evaluate(self.rounds_done + server_round, arrays, config, grid))
-        self._num_asked_to_evaluate = len(questions)
+        self._asked["evaluate"] = questions
         return questions
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Let the inner strategy aggregate the clients' metrics and keep them.
 
         Raises:
-            RoundError: If clients were asked and none could evaluate.
+            RoundError: If clients were asked and fewer than the quorum could evaluate.
         """
         number = self.rounds_done + server_round
-        if self._num_asked_to_evaluate == 0:
+        if not self._asked["evaluate"]:
             return None
-        metrics = self.inner.aggregate_evaluate(number, self.usable_replies(f"evaluation round {number}", replies))
+        ordered = self.usable_replies(number, "evaluate", replies, evaluation_fault)
+        metrics = self.inner.aggregate_evaluate(number, ordered)
         if metrics is not None:
             self.client_metrics[number] = metrics
         return metrics
@@ -201,18 +204,27 @@ class CheckedRounds(Strategy):
     def wait_for_clients(self, grid: Grid) -> list[int]:
         """Wait until enough nodes are connected and return their ids.
 
+        The first time it waits for all clients; whoever is missing then is not waited for again, but takes part when
+        it has come.
+
         Raises:
-            RoundError: If fewer are connected when the time is over.
+            RoundError: If fewer than the quorum are connected when the time is over.
         """
+        quorum = self._min_clients or self._num_clients
+        wanted = quorum if self._waited_for_all else self._num_clients
         deadline = time.monotonic() + self._connect_timeout_s
-        while len(nodes := sorted(grid.get_node_ids())) < self._num_clients:
-            if time.monotonic() > deadline:
-                raise RoundError(
-                    f"`num-clients` is {self._num_clients}, but after {self._connect_timeout_s:g} s only {len(nodes)} "
-                    "were connected. Start the missing SuperNodes (in simulation: --federation-config "
-                    f"num-supernodes={self._num_clients}) or lower it."
-                )
+        while len(nodes := sorted(grid.get_node_ids())) < wanted and time.monotonic() < deadline:
             time.sleep(0.5)
+        self._waited_for_all = True
+        if len(nodes) < quorum:
+            key = "min-clients" if self._min_clients else "num-clients"
+            raise RoundError(
+                f"`{key}` is {quorum}, but after {self._connect_timeout_s:g} s only {len(nodes)} clients "
+                "were connected. Start the missing SuperNodes (in simulation: --federation-config "
+                f"num-supernodes={self._num_clients}) or lower it; what is finished is kept."
+            )
+        if len(nodes) < self._num_clients:
+            log(WARNING, "%s of %s clients are connected; going on without the others", len(nodes), self._num_clients)
         return nodes
 
     def _with_label_space(self, config: ConfigRecord) -> ConfigRecord:
@@ -225,14 +237,12 @@ class CheckedRounds(Strategy):
         if unknown:
             questions = [Message(RecordDict(), message_type=PLACE_MESSAGE, dst_node_id=node) for node in unknown]
             replies = list(grid.send_and_receive(questions, timeout=self._connect_timeout_s))
-            if not self._places:
-                self.usable_replies("the roll call", replies)
             self._places |= {
                 reply.metadata.src_node_id: place for reply in replies if (place := place_of(reply)) is not None
             }
-        ordered = sorted((node for node in nodes if node in self._places), key=lambda node: self._places[node])
+        ordered = sorted((node for node in nodes if node in self._places), key=lambda node: (self._places[node], node))
         count = math.ceil(self._fraction_train * self._num_clients)
-        if len(ordered) < count:
+        if len(ordered) < min(count, self._min_clients or count):
             raise RoundError(
                 f"Round {number} needs {count} clients that said their place, but only {len(ordered)} of {len(nodes)} "
                 "did. Look into the others' logs, or lower `fraction-train`."
@@ -240,33 +250,47 @@ class CheckedRounds(Strategy):
         drawn = numpy_generator(self._seed, "participation", number).permutation(len(ordered))[:count]
         return [ordered[index] for index in sorted(drawn.tolist())]
 
-    def usable_replies(self, exchange: str, replies: Iterable[Message]) -> list[Message]:
-        """Sort the replies and log the failures.
+    def usable_replies(
+        self, number: int, exchange: str, replies: Iterable[Message], fault_of: Callable[[Message], str | None]
+    ) -> list[Message]:
+        """Keep the replies that can be used, and note why the others, or the silent clients, cannot.
 
         Args:
-            exchange: What was asked, for messages.
+            number: Of the round.
+            exchange: ``train`` or ``evaluate``.
             replies: All replies, in any order.
+            fault_of: Says what is wrong with a reply's content; None if nothing is.
 
         Returns:
-            All replies in reproducible order; those with an error are the inner strategy's business.
+            The usable replies in reproducible order.
 
         Raises:
-            RoundError: If none has content.
+            RoundError: If they are fewer than the quorum.
         """
-        ordered = sorted(replies, key=reply_order)
-        failures = [reply for reply in ordered if reply.has_error()]
-        reasons = sorted({_reason(reply) for reply in failures})
-        for reply in failures:
-            # Flower's strategies log the text of an error, which on a client may quote its files: ours takes its place.
-            reply.error = Error(reply.error.code, _reason(reply))
-        if len(failures) == len(ordered):
+        # Flower answers in the name of a lost node under an id of its own: the question tells which one it was.
+        open_nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in self._asked[exchange]}
+        num_asked = len(self._asked[exchange])
+        refusals = self.refusals.setdefault(number, Refusals(self._places))
+        usable = []
+        for reply in sorted(replies, key=reply_order):
+            node = open_nodes.pop(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+            refusals.learn(node, place_of(reply))
+            fault = error_sentence(reply) if reply.has_error() else fault_of(reply)
+            if fault is None:
+                usable.append(reply)
+            else:
+                refusals.add(node, fault if reply.has_error() else f"Refused: {fault}.")
+        for node in open_nodes.values():
+            refusals.add(node, "It did not reply in time.")
+        failed = f"{num_asked - len(usable)} of {num_asked} failed: {' '.join(refusals.reasons())}"
+        if len(usable) < max(1, min(self._min_clients, num_asked)):
             raise RoundError(
-                f"In {exchange} at least one client must succeed, but {len(failures)} of {len(ordered)} failed: "
-                f"{' '.join(reasons) or 'no client replied in time.'}"
+                f"In round {number} ({exchange}) at least {max(1, min(self._min_clients, num_asked))} of {num_asked} "
+                f"clients must succeed, but {failed}"
             )
-        if failures:
-            log(WARNING, "%s: %s of %s clients failed: %s", exchange, len(failures), len(ordered), " ".join(reasons))
-        return ordered
+        if len(usable) < num_asked:
+            log(WARNING, "round %s (%s): %s", number, exchange, failed)
+        return usable
 
 
 class _SomeNodes:
@@ -304,8 +328,6 @@ def update_metrics(
             continue
         total = np.zeros(before.shape, np.float64)
         for arrays in received:
-            if name not in arrays or arrays[name].numpy().shape != before.shape:
-                return {}  # the inner strategy refuses it
             update = arrays[name].numpy().astype(np.float64) - before
             squares += float(np.square(update).sum())
             total += update
@@ -333,8 +355,3 @@ def restore_integers(arrays: ArrayRecord, dtypes: dict[str, str]) -> ArrayRecord
         else:
             restored[name] = Array(np.asarray(value, dtype))
     return ArrayRecord(restored)
-
-
-def _reason(reply: Message) -> str:
-    code = reply.error.code
-    return _SENTENCES.get(code, f"Flower's error code {code}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,9 +13,14 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import settings as hypothesis_settings
 
 from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.settings import RunConfigValue, Settings
+
+hypothesis_settings.register_profile("ci", max_examples=200, deadline=None)
+hypothesis_settings.register_profile("nightly", max_examples=10_000, deadline=None)
+hypothesis_settings.load_profile("ci")
 
 SMALL = {
     "image-size": 8,
@@ -27,6 +33,7 @@ SMALL = {
     "num-clients": 3,
     "num-server-rounds": 2,
     "connect-timeout-s": 1,
+    "prompt-deadline-s": 1,
 }
 """Overrides that make a whole run take seconds."""
 
@@ -43,6 +50,10 @@ class FakeGrid(Grid):
         self.reverse = False
         self.broken: set[int] = set()
         self.silent = False
+        self.late: set[int] = set()
+        """Nodes that have not answered yet."""
+        self._numbers = itertools.count()
+        self._open: dict[str, Message] = {}
 
     def set_run(self, run: object) -> None:
         raise AssertionError("a strategy does not set the run")
@@ -58,17 +69,24 @@ class FakeGrid(Grid):
         return list(self.node_configs)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise AssertionError("strategies use send_and_receive")
+        pushed = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"message-{next(self._numbers)}"
+            self._open[message.metadata.message_id] = message
+            pushed.append(message.metadata.message_id)
+        return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise AssertionError("strategies use send_and_receive")
+        self.reverse = not self.reverse
+        ready = [
+            message_id
+            for message_id in sorted(set(message_ids) & set(self._open), reverse=self.reverse)
+            if not self.silent and self._open[message_id].metadata.dst_node_id not in self.late
+        ]
+        return [self._call(self._open.pop(message_id)) for message_id in ready]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        if self.silent:
-            return []
-        self.reverse = not self.reverse
-        ordered = sorted(messages, key=lambda m: m.metadata.dst_node_id, reverse=self.reverse)
-        return [self._call(message) for message in ordered]
+        return self.pull_messages(self.push_messages(messages))
 
     def _call(self, message: Message) -> Message:
         received = message_from_proto(message_to_proto(message))

@@ -147,7 +147,7 @@ def _own_folders(material: Material, size_px: int) -> RealImages:
         )
     members, others = [], []
     for path in material.data_paths:
-        train, held_out = split_folder(load_folder(path.expanduser(), material.run.class_names, size_px))
+        train, held_out = split_folder(load_folder(path.expanduser(), material.run.class_names, size_px)[0])
         members.append(train)
         others.append(held_out.test)
     return RealImages(_joined(members), _joined(others))

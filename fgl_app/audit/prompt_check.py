@@ -40,7 +40,7 @@ def check_prompts(material: Material) -> Check:
     public = public_words(_public_texts(settings, run.class_names))
     if settings.prompts.prompt_level == "embedding":
         return _check_embeddings(material, public)
-    return _described(audit_prompts(run.prompts, load_lexicon(), public), run.class_names, "The clients")
+    return _described(audit_prompts(run.prompts, load_lexicon(), public), run.class_names, "The clients", settings)
 
 
 def check_captions(file: Path) -> Check:
@@ -89,7 +89,7 @@ def _check_embeddings(material: Material, public: frozenset[str]) -> Check:
     embeddings = load(file.read_bytes()) if file.exists() else {}
     chosen = spread([item for item in run.prompts if item.prompt in embeddings], MAX_INVERTED)
     if not chosen:
-        counted = _counts_sentence(_images_per_class(run.prompts), run.class_names)
+        counted = _counts_sentence(_images_per_class(run.prompts), run.class_names, settings)
         return Check(["The run has not kept its embeddings.", counted])
     found = invert_embeddings(
         [embeddings[item.prompt] for item in chosen],
@@ -133,17 +133,20 @@ def _check_embeddings(material: Material, public: frozenset[str]) -> Check:
         }
     }
     if not read:
-        counted = _counts_sentence(_images_per_class(run.prompts), run.class_names)
+        counted = _counts_sentence(_images_per_class(run.prompts), run.class_names, settings)
         return Check([*sentences, counted], content, figures)
-    described = _described(audit_prompts(read, load_lexicon(), public), run.class_names, "Those that could be read")
+    described = _described(
+        audit_prompts(read, load_lexicon(), public), run.class_names, "Those that could be read", settings
+    )
     return Check([*sentences, *described.findings], {**described.content, **content}, figures)
 
 
-def _described(audited: PromptAudit, class_names: Sequence[str], who: str) -> Check:
+def _described(audited: PromptAudit, class_names: Sequence[str], who: str, settings: Settings | None = None) -> Check:
+    exact = settings is None or settings.privacy.prompt_counts == "exact"
     sentences = [
-        f"{who} gave {audited.num_prompts:,} distinct prompts for {audited.num_images:,} images: "
-        f"{audited.from_one_client:,} sent by a single client, {audited.of_one_image:,} made of a single image.",
-        _counts_sentence(audited.images_per_class, class_names),
+        f"{who} gave {audited.num_prompts:,} distinct prompts, {audited.from_one_client:,} of them sent by a single "
+        f"client{f' and {audited.of_one_image:,} made of a single image' if exact else ''}.",
+        _counts_sentence(audited.images_per_class, class_names, settings),
     ]
     held = {kind: audited.prompts_with(kind) for kind in KINDS}
     named = [
@@ -156,7 +159,7 @@ def _described(audited: PromptAudit, class_names: Sequence[str], who: str) -> Ch
         sentences.append(f"Of the prompts, {', '.join(named)}; audit.json lists them.")
     if absent:
         sentences.append(f"No prompt holds a word or number that is written like: {', '.join(absent)}.")
-    if audited.single_phrases:
+    if audited.single_phrases and exact:
         sentences.append(
             f"{len(audited.single_phrases):,} phrases of {NGRAM_WORDS} words occur in the prompt of one image only."
         )
@@ -179,13 +182,20 @@ def _described(audited: PromptAudit, class_names: Sequence[str], who: str) -> Ch
     return Check(sentences, content)
 
 
-def _counts_sentence(images_per_class: dict[int, int], class_names: Sequence[str]) -> str:
-    held = len(images_per_class)
-    of_all = f" of {len(class_names)}" if class_names else ""
-    return (
-        f"Their counts say which classes are held ({held}{of_all}) and exactly how many images of each, from "
-        f"{min(images_per_class.values()):,} to {max(images_per_class.values()):,}."
-    )
+def _counts_sentence(
+    images_per_class: dict[int, int], class_names: Sequence[str], settings: Settings | None = None
+) -> str:
+    """Say what counts and classes reveal; without settings they are taken to be as they were counted."""
+    held = f"{len(images_per_class)}{f' of {len(class_names)}' if class_names else ''}"
+    counts = "exact" if settings is None else settings.privacy.prompt_counts
+    classes = f"which classes are held ({held})"
+    if settings is not None and settings.privacy.classes_epsilon > 0:
+        classes = f"of {held} classes that some client holds them, or drew them at random to hide which it holds,"
+    if counts == "withheld":
+        return f"They say {classes} and not how many images there are of each."
+    how = "exactly how many images" if counts == "exact" else "with noise how many images"
+    lowest, highest = min(images_per_class.values()), max(images_per_class.values())
+    return f"Their counts say {classes} and {how} of each, from {lowest:,} to {highest:,}."
 
 
 def _images_per_class(prompts: Sequence[PromptCount]) -> dict[int, int]:

@@ -43,7 +43,7 @@ def train_shadows(material: Material, pool: ImageSet, number: int) -> tuple[list
     Each is trained like the run's last model: from the same weights (of a run that draws images those of its one-shot
     model, which no real image has touched), with the run's rounds, local epochs, step sizes and partition of the half
     over as many clients. The mean is FedAvg's whatever the run's strategy, all clients take part in every round, and
-    fine-tuning on synthetic images is left out.
+    fine-tuning on synthetic images and differential privacy are left out.
 
     Args:
         material: The run.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from logging import WARNING
 from pathlib import Path
 
 import torch
+from flwr.common.logger import log
 from torchvision.datasets import ImageFolder
 
 from fgl_app.data.images import HeldOut, ImageSet, to_pixels
@@ -31,16 +33,21 @@ def class_folders(folder: Path) -> list[str]:
         ) from None
 
 
-def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> ImageSet:
+def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tuple[ImageSet, list[Path]]:
     """Read all images below ``folder/CLASS NAME/``.
+
+    One damaged file must not keep a site out of a federation: it is left out, and reported.
 
     Args:
         folder: Folder whose sub-folders are named like classes; classes may be absent.
         class_names: The run's K classes; a folder's label is its name's index here.
         image_size: Images are scaled to this shorter side and cropped to the centre square, px.
 
+    Returns:
+        The images, and the files that could not be read.
+
     Raises:
-        DataError: If the folder cannot be read, has a sub-folder that is no class, or holds no image.
+        DataError: If the folder cannot be read, has a sub-folder that is no class, or holds no readable image.
     """
     found = class_folders(folder)
     unknown = [name for name in found if name not in class_names]
@@ -59,8 +66,21 @@ def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> Im
     ]
     if not rows:
         raise DataError(f"The class folders of {str(folder)!r} must hold images, but hold none.")
-    images = torch.stack([to_pixels(open_image(Path(path)), (), image_size) for path, _ in rows])
-    return ImageSet(images, torch.tensor([label for _, label in rows], dtype=torch.int64))
+    images, labels, unreadable = [], [], []
+    for path, label in rows:
+        try:
+            images.append(to_pixels(open_image(Path(path)), (), image_size))
+            labels.append(label)
+        except DataError:
+            unreadable.append(Path(path))
+    if not images:
+        raise DataError(
+            f"The class folders of {str(folder)!r} must hold readable images, but none of {len(rows)} files is one; "
+            f"{str(unreadable[0])!r} is the first. Repair or replace them."
+        )
+    for path in unreadable:
+        log(WARNING, "left out, because it cannot be read: %s", path)
+    return ImageSet(torch.stack(images), torch.tensor(labels, dtype=torch.int64)), unreadable
 
 
 def split_folder(data: ImageSet) -> tuple[ImageSet, HeldOut]:

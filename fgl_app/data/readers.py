@@ -111,7 +111,9 @@ def _open_huggingface(card: Card, split: Any, folder: Path | None) -> Part:
 
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(str(folder) if folder else card.locator, split=split, **card.source_options)
+        # A card pins the version by `revision` among its options.
+        name = str(folder) if folder else card.locator
+        table = datasets.load_dataset(name, split=split, **card.source_options)  # nosec B615
     except Exception as error:  # its many errors have no base of their own
         raise DataError(
             f"{card.title} must be a data set that the hub, its local cache or `data-dir` has, but split {split!r} of "

@@ -32,6 +32,8 @@ class ClientData:
     """Its place among the clients, 0 to M - 1."""
     class_names: tuple[str, ...]
     """What the labels count: the card's classes, or the client's own where the label space is not yet known."""
+    num_unreadable: int = 0
+    """Files among its images that could not be read and were left out."""
 
 
 def load_client_data(
@@ -63,8 +65,9 @@ def load_client_data(
             raise DataError("The node-config must hold `data-path`, e.g. --node-config 'data-path=\"/data/site0\"'.")
         folder = Path(path).expanduser()
         names = tuple(class_names or card.class_names() or class_folders(folder))
-        train, held_out = split_folder(load_folder(folder, names, settings.image_size))
-        return ClientData(train, lambda: held_out, partition_id, names)
+        images, unreadable = load_folder(folder, names, settings.image_size)
+        train, held_out = split_folder(images)
+        return ClientData(train, lambda: held_out, partition_id, names, len(unreadable))
     num_partitions = node_config.get("num-partitions")
     if not isinstance(num_partitions, int) or not 0 <= partition_id < num_partitions:
         raise DataError(

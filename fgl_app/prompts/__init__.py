@@ -1,6 +1,14 @@
 """Prompts: writing them from labels and captions, merging them over clients, spreading the image budget."""
 
-from fgl_app.prompts.aggregation import MergedPrompts, PromptBudget, merge_prompts, spread_budget
+from fgl_app.prompts.aggregation import (
+    MergedPrompts,
+    PromptBudget,
+    limit_shares,
+    merge_prompts,
+    require_senders,
+    spread_budget,
+)
+from fgl_app.prompts.screening import NamedPrompt, PromptLimits, read_blocked_words, screen_prompts
 from fgl_app.prompts.writing import (
     MAX_PROMPT_CHARS,
     PromptCount,
@@ -14,13 +22,19 @@ from fgl_app.prompts.writing import (
 __all__ = [
     "MAX_PROMPT_CHARS",
     "MergedPrompts",
+    "NamedPrompt",
     "PromptBudget",
     "PromptCount",
+    "PromptLimits",
     "class_prompts",
     "fill",
     "instance_prompts",
     "is_printable",
+    "limit_shares",
     "merge_prompts",
     "printable",
+    "read_blocked_words",
+    "require_senders",
+    "screen_prompts",
     "spread_budget",
 ]

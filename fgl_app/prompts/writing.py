@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_PROMPT_CHARS = 1_000
-"""Longest prompt, characters; what is longer is cut by the client and refused by the server."""
+"""Longest prompt that a client sends, characters; what is longer is cut."""
 
 
 @dataclass(frozen=True, order=True)
@@ -78,8 +78,12 @@ def _count(pairs: Iterable[tuple[int, str]], domain: str) -> list[PromptCount]:
 
 
 def printable(text: str) -> str:
-    """Make one line of printable characters of any text, at most :data:`MAX_PROMPT_CHARS` long."""
-    kept = "".join(character for character in " ".join(text.split()) if is_printable(character))
+    """Make one line of printable characters of any text, in Unicode's normal form NFKC.
+
+    At most :data:`MAX_PROMPT_CHARS` characters of it are kept.
+    """
+    normal = unicodedata.normalize("NFKC", text)
+    kept = "".join(character for character in " ".join(normal.split()) if is_printable(character))
     return kept[:MAX_PROMPT_CHARS].strip()
 
 

@@ -47,7 +47,7 @@ def export(run: FinishedRun, form: Form, target: Path) -> int:
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         writers = {"folder": _write_folder, "parquet": _write_parquet, "webdataset": _write_tars}
-        count = writers[form](_images(plan, store_of(run, plan)), run.class_names, staging)
+        count = writers[form](_images(plan, store_of(run, plan.settings.digest())), run.class_names, staging)
         staging.chmod(0o755)
         staging.rename(target)
     except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fgl_app.errors import ConfigError, DataError, RunFolderError
 from fgl_app.files import read_json_lines
 from fgl_app.prompts import PromptCount
 from fgl_app.reporting.figures import spread
+from fgl_app.reporting.run_folder import forgotten_set
 from fgl_app.settings import Settings
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan
@@ -55,7 +56,7 @@ class FinishedRun:
     @property
     def synthesizes(self) -> bool:
         """Whether the run drew images."""
-        return (self.path / "plan.json").exists()
+        return (self.path / "plan.json").exists() or forgotten_set(self.path) is not None
 
 
 def read_run(path: Path) -> FinishedRun:
@@ -81,7 +82,7 @@ def read_run(path: Path) -> FinishedRun:
         class_names = tuple(confusion["class_names"])
     prompts: tuple[PromptCount, ...] = ()
     if (folder / "prompts.jsonl").exists():
-        class_names = tuple(_read(folder, "prompts_upload.json")["class_names"])
+        class_names = tuple(_read(folder, "prompt_round.json")["class_names"])
         prompts = tuple(PromptCount(**row) for row in read_json_lines(folder / "prompts.jsonl"))
     return FinishedRun(folder, config, results, settings, class_names, confusion, prompts)
 
@@ -119,10 +120,10 @@ def class_counts(run: FinishedRun, max_clients: int) -> list[list[int]]:
     return [[of_client[label] for label in range(len(card.classes))] for of_client in found]
 
 
-def store_of(run: FinishedRun, plan: Plan) -> UnitStore:
-    """Return the store with the images of a run's plan."""
+def store_of(run: FinishedRun, settings_digest: str) -> UnitStore:
+    """Return the store with the images that a run drew with these settings."""
     elsewhere = str(run.config["run_config"].get("store-dir", ""))
-    return UnitStore(Path(elsewhere).expanduser() if elsewhere else run.path / "synthetic", plan.settings.digest())
+    return UnitStore(Path(elsewhere).expanduser() if elsewhere else run.path / "synthetic", settings_digest)
 
 
 def synthetic_images(run: FinishedRun, num_classes: int, per_class: int, max_size_px: int) -> ImageSet:
@@ -137,12 +138,20 @@ def synthetic_images(run: FinishedRun, num_classes: int, per_class: int, max_siz
     Raises:
         SynthesisError: If the plan or the store is absent or damaged.
     """
-    plan = Plan.load(run.path / "plan.json")
+    if (kept := forgotten_set(run.path)) is not None:
+        digest = kept.settings_digest
+        samples: Iterable[tuple[bytes, int]] = zip(
+            (each.tobytes() for each in kept.sample_ids), kept.labels, strict=True
+        )
+    else:
+        plan = Plan.load(run.path / "plan.json")
+        digest = plan.settings.digest()
+        samples = ((sample.sample_id, sample.label) for sample in plan.samples())
     of_classes: list[list[bytes]] = [[] for _ in range(num_classes)]
-    for sample in plan.samples():
-        if sample.label < num_classes:
-            of_classes[sample.label].append(sample.sample_id)
-    chosen = store_of(run, plan).read(
+    for sample_id, label in samples:
+        if label < num_classes:
+            of_classes[label].append(sample_id)
+    chosen = store_of(run, digest).read(
         as_ids(sample_id for of_class in of_classes for sample_id in spread(of_class, per_class))
     )
     size = min(chosen.images.shape[-1], max_size_px)

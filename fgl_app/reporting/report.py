@@ -13,6 +13,7 @@ from fgl_app.reporting import figures
 from fgl_app.reporting.audit_section import audit_sections
 from fgl_app.reporting.finished_run import FinishedRun, class_counts, held_out_images, read_run, synthetic_images
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
+from fgl_app.reporting.run_folder import forgotten_set
 
 MAX_CLIENTS = 100
 """Bars in the figure of the partition."""
@@ -89,6 +90,7 @@ def build_page(run: FinishedRun) -> Page:
             _images(run),
             _prompts(run),
             *audit_sections(run.path, run.class_names),
+            *_failures(run),
             _costs(run),
             _configuration(run),
         ],
@@ -224,6 +226,8 @@ def _images(run: FinishedRun) -> Section:
 
 def _prompts(run: FinishedRun) -> Section:
     heading = "Most frequent prompts"
+    if forgotten_set(run.path) is not None:
+        return Section(heading, ["The prompts were deleted when the images had been drawn."])
     if not run.prompts:
         return Section(heading, ["The method has no prompts."])
     if run.config["run_config"].get("prompt-level") == "embedding":
@@ -240,6 +244,30 @@ def _prompts(run: FinishedRun) -> Section:
         "that each stands for."
     )
     return Section(heading, tables=[Table(caption, head, rows, numbers=False)])
+
+
+def _failures(run: FinishedRun) -> list[Section]:
+    """Who was missed, and what was not used; empty if nothing was."""
+    exchange = run.results.get("prompt_round") or {}
+    refused = [("prompts", item) for item in exchange.get("refused", [])]
+    refused += [(f"round {row['round']}", item) for row in run.rounds for item in row.get("refused", [])]
+    text = [
+        f"Client {client} could not read {count:,} of its images."
+        for client, count in exchange.get("unreadable_images", {}).items()
+    ]
+    for kind, sentence in (
+        ("late", "came late with their prompts, which were merged"),
+        ("missed", "did not send prompts in time"),
+    ):
+        if named := exchange.get(kind):
+            text.append(f"Clients {', '.join(map(str, named))} {sentence}.")
+    rows = [
+        [exchange, str(item["client"] if item["client"] is not None else f"node {item['node']}"), item["reason"],
+         f"{item['count']:,}"]
+        for exchange, item in refused
+    ]  # fmt: skip
+    tables = [Table("What was not used.", ["Exchange", "Client", "Reason", "Number"], rows)] if rows else []
+    return [Section("Failures", text, tables=tables)] if text or rows else []
 
 
 def _costs(run: FinishedRun) -> Section:

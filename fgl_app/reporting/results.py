@@ -13,7 +13,7 @@ def summarize(
     settings: Settings,
     rounds: Sequence[Mapping[str, Any]],
     *,
-    prompts_upload: Mapping[str, int] | None,
+    prompt_round: Mapping[str, Any] | None,
     synthesis: SynthesisReport | None,
     store_hash: str | None,
     seconds: Mapping[str, float],
@@ -28,8 +28,8 @@ def summarize(
         settings: The run's settings.
         rounds: Metrics of each round, at least one, with ``round``, ``phase``, ``accuracy``, ``loss``,
             ``validation_accuracy``, ``model_upload_bytes`` and ``upload_bytes``.
-        prompts_upload: Bytes of the largest client's prompts, ``payload`` and whole ``message``, and how many clients
-            were asked and used; None without prompts.
+        prompt_round: What is known of the exchange of prompts, and under ``upload`` the bytes of the largest client's
+            prompts, ``payload`` and whole ``message``, and of ``all_messages``; None if no client was asked.
         synthesis: What the synthesis phase did; None if this start needed none.
         store_hash: Content hash of the synthetic set; None without one.
         seconds: Wall-clock seconds of each phase of this start.
@@ -53,10 +53,13 @@ def summarize(
         "one_shot_accuracy": rounds[0]["accuracy"] if settings.synthesizes else None,
         "paper_metric": max(row["accuracy"] for row in rounds),
         "upload_bytes": {
-            "prompts_per_client": dict(prompts_upload) if prompts_upload is not None else None,
+            "prompts_per_client": prompt_round["upload"] if prompt_round is not None else None,
             "model_per_client_per_round": round(sum(model_bytes) / len(model_bytes)) if model_bytes else None,
             "total": sum(row["upload_bytes"] for row in rounds),
         },
+        "prompt_round": None
+        if prompt_round is None
+        else {key: value for key, value in prompt_round.items() if key != "upload"},
         "privacy": None
         if not settings.prompts.embedding_epsilon or settings.prompts.prompt_level != "embedding"
         else {

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,42 @@ from fgl_app.errors import RunFolderError
 from fgl_app.files import checkpoint_file, read_json_lines, write_atomically, write_json, write_json_lines
 from fgl_app.prompts import MergedPrompts, PromptCount
 from fgl_app.settings import Settings
+from fgl_app.store import Ids, as_ids
 
 # A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
 _FREE_KEYS = {
     "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-batch-size",
-    "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "connect-timeout-s",
-    "round-timeout-s", "data-dir",
+    "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "data-dir",
+    "min-clients", "connect-timeout-s", "prompt-deadline-s", "round-deadline-s",
 }  # fmt: skip
 IDENTITIES = ("card", "generator", "captioner")
 """What is known by its content: a run does not go on, nor counts in a comparison, with another."""
 _PACKAGES = ("flwr", "flwr-datasets", "torch", "torchvision", "diffusers", "transformers", "scikit-learn", "numpy")
 _CHECKPOINT = re.compile(r"round-(\d{4})\.safetensors")
+
+
+_DRAWN_SET = "drawn_set.json"
+
+
+@dataclass(frozen=True)
+class DrawnSet:
+    """Which images a run has drawn, without what they were drawn from."""
+
+    settings_digest: str
+    """Of the synthesis; names the units of the store."""
+    sample_ids: Ids
+    """Identity of each image: hashes that settings, label, prompt and index go into."""
+    labels: tuple[int, ...]
+    """Class of each image."""
+
+
+def forgotten_set(folder: Path) -> DrawnSet | None:
+    """Return what a run kept of its synthetic set when it deleted its prompts; None if it did not."""
+    path = folder / _DRAWN_SET
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text("utf-8"))
+    return DrawnSet(kept["settings_digest"], as_ids([bytes.fromhex(kept["sample_ids"])]), tuple(kept["labels"]))
 
 
 class RunFolder:
@@ -92,25 +117,37 @@ class RunFolder:
                     "changed since. Use another `run-name`."
                 )
 
-    def save_prompts(self, merged: MergedPrompts, upload: Mapping[str, int] | None) -> None:
-        """Keep the merged prompts, readable by the owner alone, and the bytes that they took; None if none was sent."""
+    def save_prompts(self, merged: MergedPrompts, exchange: Mapping[str, Any] | None) -> None:
+        """Keep the merged prompts, readable by the owner alone, and what is known of the exchange; None without one."""
         write_json(
-            self.path / "prompts_upload.json",
-            {"class_names": list(merged.class_names), "upload": None if upload is None else dict(upload)},
+            self.path / "prompt_round.json",
+            {"class_names": list(merged.class_names), "exchange": None if exchange is None else dict(exchange)},
         )
         if merged.embeddings:
             write_atomically(self.embeddings, save(dict(merged.embeddings)), mode=0o600)
         write_json_lines(self.path / "prompts.jsonl", [asdict(item) for item in merged.prompts], mode=0o600)
 
-    def load_prompts(self) -> tuple[MergedPrompts, dict[str, int] | None] | None:
-        """Return the merged prompts of an earlier start and their upload, or None."""
+    def forget_prompts(self, drawn: DrawnSet) -> None:
+        """Delete the prompts for good, and keep the identities of the images that were drawn from them."""
+        content = {
+            "settings_digest": drawn.settings_digest,
+            "sample_ids": drawn.sample_ids.tobytes().hex(),
+            "labels": list(drawn.labels),
+        }
+        write_json(self.path / _DRAWN_SET, content)
+        # The kept file decides: a crash in between only leaves files that are deleted when the run goes on.
+        for path in (self.path / "prompts.jsonl", self.embeddings, self.path / "plan.json", self.path / "worker.log"):
+            path.unlink(missing_ok=True)
+
+    def load_prompts(self) -> tuple[MergedPrompts, dict[str, Any] | None] | None:
+        """Return the merged prompts of an earlier start and what is known of the exchange, or None."""
         rows = read_json_lines(self.path / "prompts.jsonl")
-        if not rows:
+        if not rows and forgotten_set(self.path) is None:
             return None
-        kept: dict[str, Any] = json.loads((self.path / "prompts_upload.json").read_text("utf-8"))
+        kept: dict[str, Any] = json.loads((self.path / "prompt_round.json").read_text("utf-8"))
         embeddings = load(self.embeddings.read_bytes()) if self.embeddings.exists() else {}
         merged = MergedPrompts(tuple(PromptCount(**row) for row in rows), tuple(kept["class_names"]), embeddings)
-        return merged, kept["upload"]
+        return merged, kept["exchange"]
 
     def save_round(
         self, row: Mapping[str, Any], arrays: ArrayRecord, memory: Mapping[str, torch.Tensor] | None = None

@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import ENVIRONMENT, fgl, results
+from commands import ENVIRONMENT, FAST, fgl, results
 
 from fgl_app.config import APP_FOLDER
 
 pytestmark = pytest.mark.e2e
-
-FAST = (
-    *("model=cnn", "images-per-class=32", "num-inference-steps=8", "server-epochs=5", "local-epochs=1"),
-    *("server-finetune-epochs=0", "num-server-rounds=2", "image-size=8", "batch-size=16", "server-learning-rate=0.05"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +95,14 @@ def test_a_comparison_runs_what_is_missing_and_writes_table_and_figures(tmp_path
     assert "—" not in table
     assert (tmp_path / "out" / "rounds.png").stat().st_size > 5_000
     assert results(tmp_path / "out" / "runs" / "fgl--iid--seed-0")["synthesis"]["generated"] == 0
+    for name, method, phase in (
+        ("fedavg", "fedavg", "federated"),
+        ("fgl", "fgl", "one-shot"),
+        ("fine-tuned", "centralized", "centralized"),
+    ):
+        found = results(tmp_path / "out" / "runs" / f"{name}--iid--seed-0")
+        assert (found["method"], found["rounds"][0]["phase"]) == (method, phase)
+        assert (found["synthesis"] is None) == (method != "fgl")
     one_shot, tuned = ("out/runs/" + name for name in ("fgl--iid--seed-0", "fine-tuned--iid--seed-0"))
     # One epoch more on real images starts where the one-shot model was, and not from random weights.
     assert (
@@ -123,6 +126,7 @@ def test_a_comparison_names_the_log_of_a_run_that_failed(tmp_path):
     log = tmp_path / "out" / "runs" / "fgl--all--seed-0.log"
     assert f"Its log is {str(log)!r}" in output
     assert "2 of 2 failed: The client has no usable images" in log.read_text()
+    assert not log.with_suffix("").joinpath("results.json").exists()
 
 
 def _value(text: str) -> int | float | str:

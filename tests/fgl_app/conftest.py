@@ -34,8 +34,16 @@ def make_run(run_config, store) -> Callable[..., Path]:
         names = settings.card.class_names()
         prompts = [PromptCount(label, f"a handwritten {name}", 40 + label) for label, name in enumerate(names)]
         merged = MergedPrompts((*prompts, PromptCount(7, PROMPT, 50)), names)
-        upload = {"payload": 82, "message": 324, "all_messages": 700, "clients_asked": 3, "clients_used": 3}
-        folder.save_prompts(merged, upload)
+        exchange = {
+            "clients_asked": 3,
+            "clients_used": 2,
+            "late": [],
+            "missed": [],
+            "unreadable_images": {"1": 4},
+            "refused": [{"client": 2, "node": "17", "reason": "Refused: a blocked word.", "count": 5}],
+            "upload": {"payload": 82, "message": 324, "all_messages": 700},
+        }
+        folder.save_prompts(merged, exchange)
         plan = draw_plan(settings, merged, folder.embeddings)
         plan.save(folder.path / "plan.json")
         drawn = work(plan, folder.synthetic)
@@ -48,7 +56,7 @@ def make_run(run_config, store) -> Callable[..., Path]:
             summarize(
                 settings,
                 rounds,
-                prompts_upload=upload,
+                prompt_round=exchange,
                 synthesis=SynthesisReport(20, drawn, 20 - drawn, {}, {}, 2.0, 0.0),
                 store_hash="ab",
                 seconds={"prompts": 0.5, "synthesis": 2.0, "total": 9.0},
@@ -68,7 +76,7 @@ def make_fedavg(run_config) -> Callable[..., Path]:
         folder = RunFolder(settings, {})
         rounds = [without_optional(a_row(1, 0.3))]
         folder.write_results(
-            summarize(settings, rounds, prompts_upload=None, synthesis=None, store_hash=None, seconds={"rounds": 4.0})
+            summarize(settings, rounds, prompt_round=None, synthesis=None, store_hash=None, seconds={"rounds": 4.0})
         )
         return folder.path
 

@@ -155,6 +155,24 @@ def test_embeddings_are_read_back_and_their_words_audited(train_run):
     assert "embeddings that were tried could be read back with certainty" in said
 
 
+def test_noised_counts_and_random_classes_are_not_called_exact(make_run):
+    defended = {"prompt-counts": "withheld", "classes-epsilon": 1.0, "run-name": "defended"}
+    exact, hidden = audit(make_run()), audit(make_run(**defended))
+
+    assert "Their counts say which classes are held (10 of 10) and exactly how many images of each" in exact
+    assert "or drew them at random to hide which it holds, and not how many images there are of each." in hidden
+    assert "exactly how many" not in hidden
+
+
+def test_a_run_that_deleted_its_prompts_keeps_what_images_show(train_run):
+    folder = train_run("forgotten", retain_prompts=False, num_server_rounds=1)
+
+    said = audit(folder)
+
+    assert "The run has kept no prompts." in said
+    assert "replicate private training images: " in said
+
+
 def test_prompts_of_the_server_say_nothing_of_a_client(train_run):
     said = audit(train_run("server", method="gpt-fl", num_server_rounds=1))
 

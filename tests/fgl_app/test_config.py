@@ -126,7 +126,7 @@ def test_profiles_are_sets_of_settings_that_are_overridden_one_by_one():
     ("overrides", "message"),
     [
         ({"profile": "turbo"}, "`lora` must name weights"),
-        ({"guidance-stop": 1.5}, "`guidance-stop` must be a share of the steps"),
+        ({"guidance-stop": 1.5}, "`guidance-stop` must be a share, at most 1"),
         ({"ray-address": "head:6379"}, "`synthesis-workers` must be at least 1"),
         ({"profile": "fast"}, "`profile` must be one of paper, balanced, turbo"),
     ],

@@ -185,12 +185,12 @@ def test_a_folder_of_images_per_class_is_read_at_the_image_size(tmp_path, run_co
 def test_hidden_folders_are_passed_over(tmp_path):
     write_images(tmp_path, {"cat": 2, ".thumbs": 2})
 
-    assert len(load_folder(tmp_path, ["cat", "dog"], 8)) == 2
+    assert len(load_folder(tmp_path, ["cat", "dog"], 8)[0]) == 2
 
 
 def test_a_folder_split_never_changes(tmp_path):
     write_images(tmp_path, {"cat": 10})
-    data = load_folder(tmp_path, ["cat", "dog"], 8)
+    data, _ = load_folder(tmp_path, ["cat", "dog"], 8)
 
     assert torch.equal(split_folder(data)[1].test.images, split_folder(data)[1].test.images)
 
@@ -198,7 +198,17 @@ def test_a_folder_split_never_changes(tmp_path):
 def test_a_single_image_is_trained_on(tmp_path):
     write_images(tmp_path, {"cat": 1})
 
-    assert len(split_folder(load_folder(tmp_path, ["cat", "dog"], 8))[0]) == 1
+    assert len(split_folder(load_folder(tmp_path, ["cat", "dog"], 8)[0])[0]) == 1
+
+
+def test_an_unreadable_image_is_left_out_and_reported_among_good_ones(tmp_path):
+    write_images(tmp_path, {"cat": 5})
+    (tmp_path / "cat" / "2.png").write_bytes((tmp_path / "cat" / "2.png").read_bytes()[:40])
+
+    data, unreadable = load_folder(tmp_path, ["cat", "dog"], 8)
+
+    assert len(data) == 4
+    assert unreadable == [tmp_path / "cat" / "2.png"]
 
 
 def test_folders_that_cannot_be_used_are_refused_with_the_reason(tmp_path):

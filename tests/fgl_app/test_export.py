@@ -28,7 +28,13 @@ def expected(run):
 
 def pixels(run, sample_id: str):
     plan = Plan.load(run.path / "plan.json")
-    return store_of(run, plan).read(as_ids([bytes.fromhex(sample_id)])).images[0].permute(1, 2, 0).tolist()
+    return (
+        store_of(run, plan.settings.digest())
+        .read(as_ids([bytes.fromhex(sample_id)]))
+        .images[0]
+        .permute(1, 2, 0)
+        .tolist()
+    )
 
 
 def test_class_folders_are_read_by_torchvision_and_datasets(run, tmp_path):

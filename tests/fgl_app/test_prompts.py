@@ -5,9 +5,12 @@ from fgl_app.prompts import (
     MAX_PROMPT_CHARS,
     PromptBudget,
     PromptCount,
+    PromptLimits,
     class_prompts,
     instance_prompts,
     merge_prompts,
+    require_senders,
+    screen_prompts,
     spread_budget,
 )
 from fgl_app.records import Upload, decode_prompts, encode_prompts, label_prompts
@@ -78,7 +81,12 @@ def test_what_a_captioner_says_becomes_one_printable_line():
 def test_whatever_a_caption_holds_the_server_accepts_the_prompt(caption):
     prompts = instance_prompts([0], [caption], ["cat"], "{class}, {caption}")
 
-    assert label_prompts(decode_prompts(encode_prompts(Upload(prompts, ("cat",)))), ["cat"]) == prompts
+    kept, refused = screen_prompts(
+        decode_prompts(encode_prompts(Upload(prompts, ("cat",)))), PromptLimits(1, MAX_PROMPT_CHARS)
+    )
+
+    assert label_prompts(kept, ["cat"]) == prompts
+    assert not refused
 
 
 def test_several_templates_give_several_prompts_of_each_class():
@@ -98,3 +106,19 @@ def test_prompts_of_different_domains_stay_apart():
     merged = merge_prompts([[PromptCount(0, "a cat", 2, "sketch")], [PromptCount(0, "a cat", 3, "photo")]])
 
     assert [(item.domain, item.count) for item in merged] == [("photo", 3), ("sketch", 2)]
+
+
+def test_a_text_is_used_only_if_enough_clients_sent_it():
+    clients = [
+        [PromptCount(0, "cat, on a sofa", 2), PromptCount(0, "cat, of Maria Gonzalez", 1), PromptCount(1, "dog, 3", 1)],
+        [PromptCount(0, "cat, on a sofa", 3), PromptCount(1, "Dog, 4!", 5)],
+    ]
+
+    shown = require_senders(clients, 2, lambda label, domain: ["a photo of a cat", "a photo of a dog"][label])
+
+    assert merge_prompts(shown) == [
+        PromptCount(0, "a photo of a cat", 1, clients=1),
+        PromptCount(0, "cat, on a sofa", 5, clients=2),
+        PromptCount(1, "dog", 6, clients=2),
+    ]
+    assert require_senders(clients, 1, lambda label, domain: "") == clients

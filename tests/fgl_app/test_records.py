@@ -1,4 +1,3 @@
-import json
 import zlib
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from fgl_app.cards import load_card
 from fgl_app.errors import PromptError
-from fgl_app.prompts import PromptCount, class_prompts
+from fgl_app.prompts import PromptCount, PromptLimits, class_prompts, printable, screen_prompts
 from fgl_app.records import (
     Upload,
     decode_prompts,
@@ -25,7 +24,9 @@ from fgl_app.records import (
 
 CLASS_NAMES = load_card("digits").class_names()
 
-words = st.text(st.characters(categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=20)
+words = (
+    st.text(st.characters(categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=20).map(printable).filter(bool)
+)
 prompt_lists = st.lists(
     st.builds(PromptCount, st.integers(0, 9), words, st.integers(1, 10**9)),
     min_size=1,
@@ -34,45 +35,22 @@ prompt_lists = st.lists(
 )
 
 
+def named_prompts(upload):
+    """What the server keeps of an upload; everything that an honest client sends."""
+    kept, refused = screen_prompts(decode_prompts(encode_prompts(upload)), PromptLimits(1000, 1000), domains=["sketch"])
+    assert not refused
+    return kept
+
+
 @given(prompt_lists)
 def test_prompts_survive_the_journey(prompts):
-    assert label_prompts(decode_prompts(encode_prompts(Upload(prompts, CLASS_NAMES))), CLASS_NAMES) == prompts
+    assert label_prompts(named_prompts(Upload(prompts, CLASS_NAMES)), CLASS_NAMES) == prompts
 
 
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_prompts_are_refused(payload):
     with pytest.raises(PromptError):
         decode_prompts(payload)
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [],
-        {},
-        [["cat", 1]],
-        [[0, 1, "class is no name"]],
-        [["", 1, "class without a name"]],
-        [["c" * 101, 1, "name too long"]],
-        [["cat", True, "count is no number"]],
-        [["cat", 0, "count too small"]],
-        [["cat", 10**10, "count too large"]],
-        [["cat", 1.5, "count is no whole number"]],
-        [["cat", 1, ""]],
-        [["cat", 1, "x" * 1001]],
-        [["cat", 1, "line\nbreak"]],
-        [["cat", 1, "right to left \u202e override"]],
-        [["cat", 1, "lone surrogate \ud800"]],
-        [["cat", 1, "twice"], ["cat", 2, "twice"]],
-        [["cat", 1, "domain is no name", 3]],
-        [["cat", 1, "too much", "sketch", "more"]],
-    ],
-)
-def test_malformed_prompts_are_refused_without_being_quoted(rows):
-    with pytest.raises(PromptError) as caught:
-        decode_prompts(zlib.compress(json.dumps(rows).encode()))
-
-    assert not any(text in str(caught.value) for row in rows for text in row if isinstance(text, str) and len(text) > 3)
 
 
 def test_a_decompression_bomb_is_refused(monkeypatch):
@@ -94,19 +72,15 @@ def test_ten_class_prompts_fit_the_papers_229_bytes():
     assert serialized_bytes(reply) > len(payload_of(reply))
 
 
-def test_a_class_or_a_domain_that_is_not_the_runs_is_refused():
-    named = decode_prompts(encode_prompts(Upload([PromptCount(0, "a cat", 1, "sketch")], ("cat",))))
+def test_classes_become_labels_by_their_names():
+    named = named_prompts(Upload([PromptCount(0, "a cat", 1, "sketch")], ("cat",)))
 
-    assert label_prompts(named, ["dog", "cat"], ["photo", "sketch"]) == [PromptCount(1, "a cat", 1, "sketch")]
-    with pytest.raises(PromptError, match="class"):
-        label_prompts(named, ["dog"], ["sketch"])
-    with pytest.raises(PromptError, match="domain"):
-        label_prompts(named, ["cat"], ["photo"])
+    assert label_prompts(named, ["dog", "cat"]) == [PromptCount(1, "a cat", 1, "sketch")]
 
 
 def test_the_label_space_is_the_union_of_the_clients_classes():
     uploads = [
-        decode_prompts(encode_prompts(Upload([PromptCount(i, "p", 1) for i in range(2)], names)))
+        named_prompts(Upload([PromptCount(i, "p", 1) for i in range(2)], names))
         for names in (("dog", "cat"), ("eel", "dog"))
     ]
 
@@ -118,15 +92,14 @@ def test_the_label_space_is_the_union_of_the_clients_classes():
 def reply_with(embeddings, prompts=("e",)):
     upload = Upload([PromptCount(0, name, 1) for name in prompts], ("cat",), embeddings)
     question = Message(RecordDict(), dst_node_id=1, message_type="query.prompts")
-    reply = Message(prompts_reply(upload, 1, 0), reply_to=question)
-    return reply, decode_prompts(payload_of(reply))
+    return Message(prompts_reply(upload, 1, 0), reply_to=question)
 
 
 def test_embeddings_survive_the_journey_and_their_bytes_are_counted():
     tensor = torch.randn(5, 8).half()
     name = embedding_name(tensor)
 
-    received, size = embeddings_of(*reply_with({name: tensor}, [name]))
+    received, size = embeddings_of(reply_with({name: tensor}, [name]), 8)
 
     assert torch.equal(received[name], tensor)
     assert 5 * 8 * 2 < size < 5 * 8 * 2 + 200
@@ -145,7 +118,7 @@ def test_embeddings_survive_the_journey_and_their_bytes_are_counted():
     ],
 )
 def test_embeddings_that_cannot_be_used_are_refused(embeddings, reason):
-    reply, named = reply_with(embeddings)
+    reply = reply_with(embeddings)
 
     with pytest.raises(PromptError, match=reason):
-        embeddings_of(reply, named)
+        embeddings_of(reply, 8)

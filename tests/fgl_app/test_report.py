@@ -91,6 +91,14 @@ def test_prompts_are_shown_as_they_are_and_never_as_html(make_run):
     assert PROMPT in "".join(Elements(page).texts)
 
 
+def test_the_page_says_what_was_not_used(make_run, make_fedavg):
+    page = write_report(make_run()).read_text()
+
+    assert "Client 1 could not read 4 of its images." in page
+    assert "Refused: a blocked word." in page
+    assert "What was not used" not in write_report(make_fedavg(**{"run-name": "plain"})).read_text()
+
+
 def test_the_same_run_gives_the_same_page(make_run):
     run = make_run()
 
@@ -122,7 +130,7 @@ def test_the_command_ends_with_the_error_of_a_wrong_folder(tmp_path):
 
 
 def test_a_run_without_prompts_and_images_says_so(make_fedavg):
-    page = write_report(make_fedavg()).read_text()
+    page = write_report(make_fedavg(**{"run-name": "plain"})).read_text()
 
     assert "The run drew no images." in page
     assert "The method has no prompts." in page

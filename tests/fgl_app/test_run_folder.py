@@ -121,7 +121,7 @@ def test_the_three_accuracies_are_what_their_names_say(settings):
     results = summarize(
         settings,
         rounds,
-        prompts_upload=None,
+        prompt_round=None,
         synthesis=SynthesisReport(10, 4, 6, {"rejected": 1}, {"0": 0.25}, 2.0, 3.0),
         store_hash="ab",
         seconds={"total": 1.23456},

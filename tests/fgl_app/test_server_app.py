@@ -1,6 +1,11 @@
+import json
+import shutil
+
 import pytest
 
+from fgl_app.cards import load_card
 from fgl_app.config import parse_run_config
+from fgl_app.reporting.report import write_report
 from fgl_app.server_app import check_settings, run
 
 
@@ -26,3 +31,72 @@ def test_a_server_optimizer_goes_on_after_a_restart_as_if_nothing_had_happened(t
 
     for name in ("round-0003.safetensors", "round-0003.strategy.safetensors"):
         assert (halves / "checkpoints" / name).read_bytes() == (whole / "checkpoints" / name).read_bytes()
+
+
+def test_deleted_prompts_are_nowhere_and_the_run_goes_on_without_them(train_rounds, tmp_path):
+    captions = {"prompt_level": "instance", "seed": 5}
+    whole = train_rounds("whole", 3, **captions)
+    prompts = [json.loads(line)["prompt"] for line in (whole / "prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) > 20
+    assert any(prompts[0].encode() in path.read_bytes() for path in whole.rglob("*") if path.is_file())
+    shutil.move(whole, tmp_path / "whole")  # nothing to adopt images or prompts from
+
+    train_rounds("deleted", 2, **captions, retain_prompts=False)
+    deleted = train_rounds("deleted", 3, **captions, retain_prompts=False)
+
+    files = [path for path in deleted.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        assert not [prompt for prompt in prompts if prompt.encode() in content], path.name
+    last = "checkpoints/round-0003.safetensors"
+    assert (deleted / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+    assert "The prompts were deleted" in write_report(deleted).read_text()
+
+
+def test_planted_contacts_never_reach_the_servers_disk(train_rounds, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("FGL_CACHE", str(cache))
+    train_rounds("first", 1, prompt_level="instance")  # fills the clients' files of captions
+    (file,) = (cache / "captions").glob("*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line]
+    planted = [[image, f"{caption}, for Maria Gonzalez, +1 212 555 0123"] for image, caption in lines[:20]]
+    file.write_text("\n".join(json.dumps(row) for row in planted + lines[20:]))
+    shutil.rmtree(tmp_path / "runs")
+
+    def holds(run, text):
+        return any(text in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+    open_run = train_rounds("open", 1, prompt_level="instance")
+    assert holds(open_run, b"Gonzalez")
+    assert holds(open_run, b"555 0123")
+    scrubbed = train_rounds("scrubbed", 1, prompt_level="instance", scrub="on")
+    assert not holds(scrubbed, b"Gonzalez")
+    assert not holds(scrubbed, b"555 0123")
+    prompts = (scrubbed / "prompts.jsonl").read_text()
+    assert "handwritten" in prompts
+
+
+def test_rare_captions_become_their_classes_prompt(train_rounds):
+    run = train_rounds("k", 1, prompt_level="instance", min_clients_per_prompt=2, partition="iid")
+
+    rows = [json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines()]
+    fallback = {f"a photo of a handwritten {name}" for name in load_card("digits").class_names()}
+    assert sum(row["count"] for row in rows) == 838
+    assert all(row["clients"] >= 2 or row["prompt"] in fallback for row in rows)
+    assert {row["prompt"] for row in rows} & fallback
+    assert any(row["prompt"] not in fallback for row in rows)
+
+
+def test_hidden_classes_and_counts(train_rounds):
+    held = train_rounds("open", 1, partition="pathological", classes_per_client=1)
+    hidden = train_rounds(
+        "hidden", 1, partition="pathological", classes_per_client=1, prompt_counts="withheld", classes_epsilon=0.1
+    )
+
+    truth, told = (
+        [json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines()] for run in (held, hidden)
+    )
+    assert {row["label"] for row in truth} < set(range(10))
+    assert all(row["count"] == row["clients"] for row in told)  # one each, whatever a client holds
+    assert len({row["label"] for row in told} | {row["label"] for row in truth}) > len({row["label"] for row in truth})

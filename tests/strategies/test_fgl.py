@@ -1,9 +1,11 @@
+import functools
 import logging
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
     FedAdagrad,
@@ -22,8 +24,9 @@ from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import RoundError
 from fgl_app.phases import initial_arrays
-from fgl_app.prompts import MergedPrompts, PromptCount
+from fgl_app.prompts import MergedPrompts, PromptCount, PromptLimits
 from strategies import FGL, CheckedRounds
+from strategies.prompt_round import PromptRound
 from strategies.rounds import restore_integers
 
 NOTHING = ImageSet(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
@@ -35,11 +38,17 @@ def fedavg(num_clients: int = 3) -> FedAvg:
     )
 
 
+def ask_for_prompts(grid: Grid, **changes: object) -> PromptRound:
+    options = {"class_names": load_card("digits").class_names(), "deadline_s": 1.0}
+    return PromptRound(grid, PromptLimits(1000, 1000), **(options | changes))
+
+
 def identity_fgl(inner: Strategy | None = None, **changes: object) -> FGL:
     options = {
         "class_names": load_card("digits").class_names(),
         "num_clients": 3,
-        "synthesize": lambda merged: NOTHING,
+        "prompt_round": ask_for_prompts,
+        "synthesize": lambda merged, listen: NOTHING,
         "pretrain": lambda arrays, images: arrays,
         "connect_timeout_s": 1,
     }
@@ -105,13 +114,17 @@ def test_rounds_are_counted_as_the_paper_does(make_grid, settings):
 def test_clients_prompts_reach_the_synthesis_merged(make_grid, settings):
     received: list[PromptCount] = []
 
-    strategy = identity_fgl(synthesize=lambda merged: received.extend(merged.prompts) or NOTHING)
+    exchanges: list[PromptRound] = []
+    strategy = identity_fgl(
+        synthesize=lambda merged, listen: received.extend(merged.prompts) or NOTHING,
+        on_prompts=lambda merged, exchange: exchanges.append(exchange),
+    )
     strategy.start(make_grid(partition="iid"), initial_arrays(settings, settings.card.class_names()), num_rounds=1)
 
     assert [item.label for item in received] == list(range(10))
     assert received[7].prompt == "a photo of a handwritten seven"
     assert sum(item.count for item in received) == 838  # every training image of every client, once
-    assert len(strategy.traffic.prompt_bytes) == 3
+    assert len(exchanges[0].message_bytes) == 3
 
 
 def test_fine_tuning_follows_every_aggregation(make_grid, settings):
@@ -194,7 +207,7 @@ def test_all_clients_failing_in_a_training_round_is_an_error(make_grid, settings
     grid = make_grid()
     grid.broken = set(grid.node_configs)
 
-    with pytest.raises(RoundError, match=r"training round 1.*3 of 3 failed"):
+    with pytest.raises(RoundError, match=r"round 1 \(train\).*3 of 3 failed"):
         CheckedRounds(fedavg(), num_clients=3).start(
             grid, initial_arrays(settings, settings.card.class_names()), num_rounds=1
         )
@@ -205,15 +218,15 @@ def test_a_client_failing_is_left_out(make_grid, settings):
     grid.broken = {1001}
     received: list[PromptCount] = []
 
-    strategy = identity_fgl(synthesize=lambda merged: received.extend(merged.prompts) or NOTHING)
+    strategy = identity_fgl(synthesize=lambda merged, listen: received.extend(merged.prompts) or NOTHING)
     strategy.start(grid, initial_arrays(settings, settings.card.class_names()), num_rounds=2)
 
     assert 0 < sum(item.count for item in received) < 838
-    assert len(strategy.traffic.model_bytes[2]) == 2
+    assert len(strategy.model_bytes[2]) == 2
 
 
 def test_too_few_clients_is_an_error(make_grid, settings):
-    with pytest.raises(RoundError, match="`num-clients` is 4, but after 1 s only 3"):
+    with pytest.raises(RoundError, match="`num-clients` is 4, but after 1 s only 3 clients"):
         identity_fgl(num_clients=4).start(
             make_grid(), initial_arrays(settings, settings.card.class_names()), num_rounds=1
         )
@@ -234,7 +247,7 @@ def test_a_client_that_goes_away_ends_the_run_instead_of_hanging(make_grid, sett
         del grid.node_configs[1002]
         return arrays
 
-    with pytest.raises(RoundError, match="only 2 were connected"):
+    with pytest.raises(RoundError, match="only 2 clients were connected"):
         identity_fgl(pretrain=pretrain).start(grid, initial_arrays(settings, settings.card.class_names()), num_rounds=2)
 
 
@@ -245,7 +258,7 @@ def test_a_clients_own_words_are_never_logged(make_grid, settings, caplog):
     with caplog.at_level(logging.DEBUG, "flwr"):
         identity_fgl().start(grid, initial_arrays(settings, settings.card.class_names()), num_rounds=2)
 
-    assert "1 of 3 clients failed: The client failed" in caplog.text
+    assert "1 of 3 failed: The client failed" in caplog.text
     assert "own words" not in caplog.text
 
 
@@ -284,7 +297,8 @@ def test_clients_with_different_classes_form_the_union_and_train_on_it(make_grid
 
     result = identity_fgl(
         class_names=(),
-        on_prompts=merged.append,
+        prompt_round=functools.partial(ask_for_prompts, class_names=()),
+        on_prompts=lambda found, exchange: merged.append(found),
         pretrain=lambda arrays, images: initial_arrays(settings, merged[0].class_names),
     ).start(grid, ArrayRecord(), num_rounds=2)
 
@@ -296,7 +310,13 @@ def test_clients_with_different_classes_form_the_union_and_train_on_it(make_grid
 
 def test_embeddings_come_along_with_their_prompts(make_grid, settings):
     merged: list[MergedPrompts] = []
-    strategy = identity_fgl(with_embeddings=True, on_prompts=merged.append)
+    exchanges: list[PromptRound] = []
+
+    def keep(found: MergedPrompts, exchange: PromptRound) -> None:
+        merged.append(found)
+        exchanges.append(exchange)
+
+    strategy = identity_fgl(prompt_round=functools.partial(ask_for_prompts, embedding_width=64), on_prompts=keep)
 
     strategy.start(
         make_grid(prompt_level="embedding", embedding_summary="mean"),
@@ -306,4 +326,4 @@ def test_embeddings_come_along_with_their_prompts(make_grid, settings):
 
     assert {item.prompt for item in merged[0].prompts} == set(merged[0].embeddings)
     assert sum(item.count for item in merged[0].prompts) == 838
-    assert min(strategy.traffic.prompt_payload_bytes) > 64 * 2
+    assert min(exchanges[0].payload_bytes) > 64 * 2

@@ -7,9 +7,7 @@ from strategies.inner import build_inner, strategy_names
 
 
 def build(name="FedAvg", options="", weighting="examples", num_selected=3):
-    return build_inner(
-        name, options, num_selected=num_selected, num_clients=3, weighting=weighting, evaluate_on_clients=False
-    )
+    return build_inner(name, options, num_selected=num_selected, weighting=weighting, evaluate_on_clients=False)
 
 
 def test_all_of_flowers_averaging_strategies_are_known():

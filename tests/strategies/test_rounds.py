@@ -3,6 +3,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fgl_app.phases import initial_arrays, parameter_names
+from fgl_app.records import training_metrics
 from strategies import CheckedRounds
 from strategies.inner import build_inner
 from strategies.rounds import update_metrics
@@ -49,9 +50,7 @@ def rounds(make_grid, settings, *, fraction, seed=0, num_rounds=4, done=0):
     """Run some rounds with 6 clients; return the places of those that trained in each."""
     grid = make_grid(num_clients=6, partition="iid")
     selected = -(-6 * fraction // 1)
-    inner = build_inner(
-        "FedAvg", "", num_selected=int(selected), num_clients=6, weighting="examples", evaluate_on_clients=False
-    )
+    inner = build_inner("FedAvg", "", num_selected=int(selected), weighting="examples", evaluate_on_clients=False)
     strategy = CheckedRounds(inner, num_clients=6, fraction_train=fraction, seed=seed, rounds_done=done)
     places: list[list[int]] = []
     original = grid.send_and_receive
@@ -84,7 +83,7 @@ def test_one_of_many_clients_is_enough(make_grid, settings):
 def test_fedavgm_goes_on_from_the_weights_that_fine_tuning_made(make_grid, settings):
     start = initial_arrays(settings, settings.card.class_names())
     inner = build_inner(
-        "FedAvgM", "server-learning-rate=0.5", num_selected=3, num_clients=3, weighting="examples",
+        "FedAvgM", "server-learning-rate=0.5", num_selected=3, weighting="examples",
         evaluate_on_clients=False,
     )  # fmt: skip
     strategy = CheckedRounds(inner, num_clients=3)
@@ -94,24 +93,22 @@ def test_fedavgm_goes_on_from_the_weights_that_fine_tuning_made(make_grid, setti
         messages = list(strategy.configure_train(number, sent, ConfigRecord(), make_grid()))
         replies = []
         for message in messages:  # clients that return what they got
-            content = RecordDict({"arrays": sent, "metrics": MetricRecord({"num-examples": 10})})
+            content = RecordDict({"arrays": sent, "metrics": training_metrics(10, 0.5)})
             replies.append(Message(content, reply_to=message))
         arrays, _ = strategy.aggregate_train(number, replies)
 
         assert all((array.numpy() == value).all() for array in arrays.values())
 
 
-def test_a_client_does_not_choose_its_weight_in_the_unweighted_mean():
-    inner = build_inner("FedAvg", "", num_selected=2, num_clients=2, weighting="uniform", evaluate_on_clients=False)
-    question = Message(RecordDict(), message_type="train", dst_node_id=1)
-    replies = [
-        Message(
-            RecordDict({"arrays": record([value]), "metrics": MetricRecord({"equal-weight": weight})}),
-            reply_to=question,
-        )
-        for value, weight in ((1.0, 10**9), (3.0, 1))
-    ]
+def test_a_client_does_not_choose_its_weight_in_the_unweighted_mean(make_grid):
+    inner = build_inner("FedAvg", "", num_selected=2, weighting="uniform", evaluate_on_clients=False)
+    strategy = CheckedRounds(inner, num_clients=2)
+    questions = list(strategy.configure_train(1, record([0.0]), ConfigRecord(), make_grid(num_clients=2)))
+    replies = []
+    for question, value, weight in zip(questions, (1.0, 3.0), (10**6, 1), strict=True):
+        metrics = MetricRecord(dict(training_metrics(10, 0.5)) | {"equal-weight": weight})
+        replies.append(Message(RecordDict({"arrays": record([value]), "metrics": metrics}), reply_to=question))
 
-    arrays, _ = CheckedRounds(inner, num_clients=2).aggregate_train(1, replies)
+    arrays, _ = strategy.aggregate_train(1, replies)
 
     assert arrays["weight"].numpy().tolist() == [2.0]

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fgl_app.records import training_metrics
 from strategies import CheckedRounds
 from strategies.inner import build_inner
 
@@ -22,9 +23,7 @@ def arrays_of(values):
 
 
 def build(name, rounds_done=0):
-    inner = build_inner(
-        name, SERVER_OPTIMIZERS[name], num_selected=2, num_clients=2, weighting="examples", evaluate_on_clients=False
-    )
+    inner = build_inner(name, SERVER_OPTIMIZERS[name], num_selected=2, weighting="examples", evaluate_on_clients=False)
     return CheckedRounds(inner, num_clients=2, parameters={"weight"}, rounds_done=rounds_done)
 
 
@@ -39,7 +38,7 @@ def one_round(strategy, grid, number, arrays):
             "bn.running_var": [4.0 * (place + 1)] * 2,
             "bn.num_batches_tracked": 10 * (place + 1),
         }
-        metrics = MetricRecord({"num-examples": 1 + 2 * place, "train_loss": 1.0})
+        metrics = training_metrics(1 + 2 * place, 1.0)
         replies.append(Message(RecordDict({"arrays": arrays_of(content), "metrics": metrics}), reply_to=message))
     return strategy.aggregate_train(counted, replies)[0]
 

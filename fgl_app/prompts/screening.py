@@ -1,0 +1,138 @@
+"""Screen what clients send as prompts: each row by itself, so that an honest client loses only what breaks a rule."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgl_app.errors import ConfigError
+from fgl_app.prompts.writing import is_printable
+
+MAX_NAME_CHARS = 100
+"""Longest name of a class or a domain, characters."""
+MAX_COUNT = 10**9
+"""Most images that one prompt may stand for."""
+
+
+@dataclass(frozen=True)
+class NamedPrompt:
+    """A prompt as it arrives: its class by name, not yet a label."""
+
+    class_name: str
+    prompt: str
+    count: int
+    domain: str
+
+
+@dataclass(frozen=True)
+class PromptLimits:
+    """What the server accepts of one client."""
+
+    max_prompts: int
+    """Distinct prompts; what comes behind them is refused."""
+    max_chars: int
+    """Characters of one prompt."""
+    blocked_words: tuple[str, ...] = ()
+    """Words and phrases that no prompt may hold, whatever their case."""
+
+
+def screen_prompts(
+    rows: Sequence[object],
+    limits: PromptLimits,
+    *,
+    class_names: Collection[str] = (),
+    domains: Collection[str] = (),
+    embeddings: Collection[str] | None = None,
+) -> tuple[list[NamedPrompt], Counter[str]]:
+    """Keep the rows of one client's upload that keep every rule.
+
+    Args:
+        rows: What the client sent for rows ``[class name, count, prompt(, domain)]``; anything at all.
+        limits: What is accepted of one client.
+        class_names: The run's classes; empty where the clients' are united.
+        domains: The run's domains.
+        embeddings: Names of the embeddings that came along, which prompts must then be; None for prompts of text.
+
+    Returns:
+        The prompts that are kept, in their order, and how many rows were refused for which reason. No reason quotes
+        a prompt.
+    """
+    kept: dict[tuple[str, str, str], NamedPrompt] = {}
+    refused: Counter[str] = Counter()
+    blocked = _pattern(limits.blocked_words)
+    for row in rows:
+        found = _read_row(row)
+        if found is None:
+            refused["a prompt that is not [class, count, text] with a domain or without"] += 1
+            continue
+        if class_names and found.class_name not in class_names:
+            reason = "a class that is none of the run's"
+        elif found.domain and found.domain not in domains:
+            reason = "a domain that is none of the run's"
+        elif not 1 <= found.count <= MAX_COUNT:
+            reason = "a count out of range"
+        elif not 1 <= len(found.prompt) <= limits.max_chars:
+            reason = "an empty or too long prompt"
+        elif not all(map(is_printable, found.class_name + found.prompt + found.domain)):
+            reason = "characters that control the output or change its direction"
+        elif not unicodedata.is_normalized("NFKC", found.prompt):
+            reason = "text that is not in Unicode's normal form NFKC"
+        elif blocked is not None and blocked.search(found.prompt):
+            reason = "a blocked word"
+        elif embeddings is not None and found.prompt not in embeddings:
+            reason = "a prompt without its embedding"
+        elif (key := (found.class_name, found.prompt, found.domain)) in kept:
+            reason = "a prompt that was sent before"
+        elif len(kept) >= limits.max_prompts:
+            reason = "more prompts than one client may send"
+        else:
+            kept[key] = found
+            continue
+        refused[reason] += 1
+    return list(kept.values()), refused
+
+
+def read_blocked_words(value: str) -> tuple[str, ...]:
+    """Return the words of ``blocked-words``: separated by commas, or the lines of a file by its absolute path.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
+    if not value.startswith(("/", "~")):
+        return tuple(word.strip() for word in value.split(",") if word.strip())
+    try:
+        lines = Path(value).expanduser().read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"`blocked-words` must be words separated by commas, or a text file with one word or phrase per line, but "
+            f'{value!r} cannot be read ({type(error).__name__}). Use for example "".'
+        ) from None
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _read_row(row: object) -> NamedPrompt | None:
+    match row:
+        case [str(name), int(count), str(prompt), *rest] if not isinstance(count, bool):
+            match rest:
+                case []:
+                    domain = ""
+                case [str(domain)]:
+                    pass
+                case _:
+                    return None
+        case _:
+            return None
+    if not 1 <= len(name) <= MAX_NAME_CHARS or len(domain) > MAX_NAME_CHARS:
+        return None
+    return NamedPrompt(name, prompt, count, domain)
+
+
+def _pattern(words: Sequence[str]) -> re.Pattern[str] | None:
+    if not words:
+        return None
+    normal = (re.escape(unicodedata.normalize("NFKC", word)) for word in words)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(normal)})(?!\w)", re.IGNORECASE)

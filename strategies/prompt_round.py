@@ -1,0 +1,218 @@
+"""The prompt round: ask every client for its prompts, wait until a deadline, and go on listening for the late ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from logging import INFO, WARNING
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from fgl_app.errors import PromptError
+from fgl_app.prompts import (
+    MergedPrompts,
+    NamedPrompt,
+    PromptLimits,
+    limit_shares,
+    merge_prompts,
+    require_senders,
+    screen_prompts,
+)
+from fgl_app.records import (
+    CONFIG,
+    PROMPTS_MESSAGE,
+    decode_prompts,
+    embeddings_of,
+    label_prompts,
+    num_unreadable_of,
+    payload_of,
+    place_of,
+    serialized_bytes,
+    union_of_classes,
+)
+from strategies.refusals import Refusals, error_sentence
+
+_POLL_S = 0.5
+_TTL_MARGIN_S = 3600.0
+"""A question outlives the deadline by so much, so that a late client can still answer while images are drawn."""
+
+
+class PromptRound:
+    """Who was asked for prompts, whose have arrived, and what of them was refused.
+
+    Args:
+        grid: Access to the clients.
+        limits: What is accepted of one client.
+        class_names: The run's K classes; empty for the union of the clients' classes.
+        domains: Names of the domains that prompts may have.
+        embedding_width: D of the generator's text encoder where prompts are names of embeddings; None for texts.
+        max_client_share: Largest share of a class's images that one client's prompts may claim.
+        uniform: Whether every prompt of a class gets the same number of images.
+        min_senders: Least number of clients that must have sent a text.
+        class_prompt: What takes the place of a text that fewer sent: the prompt of a class name and a domain.
+        deadline_s: Seconds that :meth:`wait` waits.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        limits: PromptLimits,
+        *,
+        class_names: Sequence[str] = (),
+        domains: Sequence[str] = (),
+        embedding_width: int | None = None,
+        max_client_share: float = 1.0,
+        uniform: bool = False,
+        min_senders: int = 1,
+        class_prompt: Callable[[str, str], str] = lambda class_name, domain: class_name,
+        deadline_s: float = 3600.0,
+    ) -> None:
+        """See the class."""
+        self._grid = grid
+        self._limits = limits
+        self._class_names = tuple(class_names)
+        self._domains = tuple(domains)
+        self._embedding_width = embedding_width
+        self._max_client_share = max_client_share
+        self._uniform = uniform
+        self._min_senders = min_senders
+        self._class_prompt = class_prompt
+        self._deadline_s = deadline_s
+        self._asked: set[int] = set()
+        self._open: dict[str, int] = {}
+        self._uploads: dict[int, list[NamedPrompt]] = {}
+        self._embeddings: dict[str, torch.Tensor] = {}
+        self._unreadable: dict[int, int] = {}
+        self._late: set[int] = set()
+        self.refusals = Refusals()
+        self.message_bytes: list[int] = []
+        """Size of each usable reply, as Flower serializes it."""
+        self.payload_bytes: list[int] = []
+        """Size of the packed prompts and embeddings in each of them."""
+
+    def ask(self, nodes: Iterable[int]) -> None:
+        """Ask the nodes that were not asked before."""
+        for node in sorted(set(nodes) - self._asked):
+            self._asked.add(node)
+            question = Message(
+                content=RecordDict({CONFIG: ConfigRecord({"server-round": 1})}),
+                message_type=PROMPTS_MESSAGE,
+                dst_node_id=node,
+                ttl=self._deadline_s + _TTL_MARGIN_S,
+            )
+            ids = [message_id for message_id in self._grid.push_messages([question]) if message_id]
+            if ids:
+                self._open[ids[0]] = node
+            else:
+                self.refusals.add(node, "It could not be asked.")
+
+    def wait(self) -> None:
+        """Take in replies until all have come or the deadline is over."""
+        end = time.monotonic() + self._deadline_s
+        while self._take_in() and time.monotonic() < end:
+            time.sleep(min(_POLL_S, self._deadline_s))
+        log(INFO, "[ROUND 1] prompts of %s of %s clients", len(self._uploads), len(self._asked))
+        if self._open:
+            log(WARNING, "prompt round: %s clients did not reply in time", len(self._open))
+
+    def listen(self) -> None:
+        """Ask clients that connected meanwhile, and take in late replies."""
+        before = set(self._uploads)
+        self.ask(self._grid.get_node_ids())
+        self._take_in()
+        late = set(self._uploads) - before
+        self._late |= late
+        if late:
+            log(INFO, "prompt round: the prompts of %s late clients are merged", len(late))
+
+    @property
+    def num_used(self) -> int:
+        """Clients whose prompts can be used."""
+        return len(self._uploads)
+
+    @property
+    def num_asked(self) -> int:
+        """Clients that were asked."""
+        return len(self._asked)
+
+    def merged(self) -> MergedPrompts:
+        """Merge what has arrived so far (FGL, Section 3.3); the order of the replies does not matter."""
+        uploads = list(self._uploads.values())
+        class_names = self._class_names or union_of_classes(uploads)
+        labelled = [label_prompts(named, class_names) for named in uploads]
+        limited = limit_shares(labelled, self._max_client_share, self._uniform)
+        prompts = merge_prompts(
+            require_senders(
+                limited, self._min_senders, lambda label, domain: self._class_prompt(class_names[label], domain)
+            )
+        )
+        absent = len(class_names) - len({item.label for item in prompts})
+        if absent:
+            log(WARNING, "prompt round: no client sent a prompt of %s of %s classes", absent, len(class_names))
+        used = {item.prompt for item in prompts}
+        embeddings = {name: self._embeddings[name] for name in sorted(used & set(self._embeddings))}
+        return MergedPrompts(tuple(prompts), class_names, embeddings)
+
+    def report(self) -> dict[str, Any]:
+        """Say for ``results.json`` who took part; clients are named by their partition id."""
+        names = self.refusals.name_of
+        return {
+            "clients_asked": len(self._asked),
+            "clients_used": len(self._uploads),
+            "late": sorted(names(node) for node in self._late),
+            "missed": sorted(names(node) for node in self._open.values()),
+            "unreadable_images": {str(names(node)): count for node, count in sorted(self._unreadable.items())},
+            "refused": self.refusals.rows(),
+        }
+
+    def _take_in(self) -> bool:
+        """Take in the replies that have come; return whether some are still out."""
+        if self._open:
+            for reply in list(self._grid.pull_messages(list(self._open))):
+                node = self._open.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    self._take(node, reply)
+        return bool(self._open)
+
+    def _take(self, node: int, reply: Message) -> None:
+        if reply.has_error():
+            self._refuse(node, error_sentence(reply))
+            return
+        self.refusals.learn(node, place_of(reply))
+        embeddings: dict[str, torch.Tensor] = {}
+        num_bytes = 0
+        try:
+            payload = payload_of(reply)
+            rows = decode_prompts(payload)
+            if self._embedding_width is not None:
+                embeddings, num_bytes = embeddings_of(reply, self._embedding_width)
+        except PromptError as error:
+            self._refuse(node, str(error))
+            return
+        kept, refused = screen_prompts(
+            rows,
+            self._limits,
+            class_names=self._class_names,
+            domains=self._domains,
+            embeddings=None if self._embedding_width is None else embeddings.keys(),
+        )
+        for reason, count in sorted(refused.items()):
+            self._refuse(node, f"Refused: {reason}.", count)
+        if not kept:
+            self._refuse(node, "It sent no prompt that can be used.")
+            return
+        if unreadable := num_unreadable_of(reply):
+            log(WARNING, "prompt round: client %s cannot read %s images", self.refusals.name_of(node), unreadable)
+            self._unreadable[node] = unreadable
+        self._uploads[node] = kept
+        self._embeddings |= embeddings
+        self.message_bytes.append(serialized_bytes(reply))
+        self.payload_bytes.append(len(payload) + num_bytes)
+
+    def _refuse(self, node: int, reason: str, count: int = 1) -> None:
+        self.refusals.add(node, reason, count)
+        log(WARNING, "prompt round: client %s: %s (%s)", self.refusals.name_of(node), reason, count)

@@ -1,0 +1,62 @@
+"""What clients sent and the server did not use, by client and reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from flwr.app import Message
+
+from fgl_app.errors import ApprovalError, ConfigError, DataError, FGLError, ModelError, PromptError
+
+_SENTENCES = {
+    error.client_code: error.client_sentence
+    for error in (FGLError, ConfigError, DataError, ModelError, PromptError, ApprovalError)
+}
+_SENTENCES |= {  # Flower's own; see flwr.common.constant.ErrorCode
+    3: "No reply came before the message expired.",
+    5: "The SuperNode went away.",
+    8: "The client's process ended.",
+}
+
+
+def error_sentence(reply: Message) -> str:
+    """Return our own sentence for an error reply; the client's words may quote its files, and are not used."""
+    return _SENTENCES.get(reply.error.code, f"Flower's error code {reply.error.code}.")
+
+
+class Refusals:
+    """Counts refusals by client and reason. No reason quotes what a client sent."""
+
+    def __init__(self, places: dict[int, int] | None = None) -> None:
+        """Begin with none.
+
+        Args:
+            places: Partition ids by node, as far as they are known; what is learned is added.
+        """
+        self._counts: Counter[tuple[int, str]] = Counter()
+        self.places = {} if places is None else places
+
+    def learn(self, node: int, place: int | None) -> None:
+        """Remember the partition id that a node says it has."""
+        if place is not None:
+            self.places[node] = place
+
+    def add(self, node: int, reason: str, count: int = 1) -> None:
+        """Count ``count`` refusals."""
+        self._counts[node, reason] += count
+
+    def name_of(self, node: int) -> int:
+        """Name a client by its partition id, or by Flower's id of its node where that is unknown."""
+        return self.places.get(node, node)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the refusals for ``results.json``; ``node`` is Flower's id, which a client cannot choose."""
+        return [
+            {"client": self.places.get(node), "node": str(node), "reason": reason, "count": count}
+            for (node, reason), count in sorted(self._counts.items())
+        ]
+
+    def reasons(self) -> list[str]:
+        """Return the distinct reasons."""
+        return sorted({reason for _, reason in self._counts})

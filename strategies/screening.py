@@ -1,0 +1,86 @@
+"""Screen what clients send back from a round: an update that breaks a rule is dropped, with its reason."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+from fgl_app.records import ARRAYS, METRICS, NUM_EXAMPLES, evaluation_metrics, training_metrics
+from fgl_app.training import Evaluation
+
+MAX_EXAMPLES = 10_000_000
+"""Most images that a client may say it has."""
+_NPY_HEADER_BYTES = 4096
+"""More than the header of any array in NumPy's format takes."""
+_NO_EVALUATION = Evaluation(0.0, 0.0, 0, torch.zeros(0))
+
+
+def update_fault(reply: Message, sent: ArrayRecord, max_update_norm: float = 0.0) -> str | None:
+    """Say what is wrong with a client's trained weights w_i.
+
+    Args:
+        reply: The client's answer to ``train``.
+        sent: The weights w that it was sent; names, shapes and dtypes must be theirs.
+        max_update_norm: Largest ||w_i - w||_2 over all floating-point arrays; 0 for any.
+
+    Returns:
+        The reason why it cannot be used, or None. It quotes nothing that the client sent.
+    """
+    fault = _metrics_fault(reply.content, training_metrics(1, 0.0))
+    if fault is not None:
+        return fault
+    arrays = reply.content.get(ARRAYS)
+    if not isinstance(arrays, ArrayRecord) or len(reply.content.array_records) != 1 or set(arrays) != set(sent):
+        return "arrays that are not the model's"
+    square = 0.0
+    for name, before in sent.items():
+        expected, found = before.numpy(), _readable(arrays[name], before)
+        if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+            return "arrays that have not the model's shapes and types"
+        if np.issubdtype(found.dtype, np.floating):
+            if not np.isfinite(found).all():
+                return "weights that are not finite"
+            square += float(np.square(found.astype(np.float64) - expected).sum())
+    if max_update_norm and math.sqrt(square) > max_update_norm:
+        return "an update whose norm is above `max-update-norm`"
+    return None
+
+
+def evaluation_fault(reply: Message) -> str | None:
+    """Say what is wrong with a client's answer to ``evaluate``; None if nothing is."""
+    fault = _metrics_fault(reply.content, evaluation_metrics(_NO_EVALUATION, _NO_EVALUATION))
+    if fault is None:
+        record = reply.content.metric_records[METRICS]
+        if not all(0 <= float(record[key]) <= 1 for key in ("accuracy", "validation_accuracy")):  # type: ignore[arg-type]
+            return "an accuracy that is none"
+    return fault
+
+
+def _metrics_fault(content: RecordDict, expected: MetricRecord) -> str | None:
+    """Compare a reply's only record of metrics with one that has every key; Flower stops the run if one lacks a key."""
+    record = content.get(METRICS)
+    if not isinstance(record, MetricRecord) or len(content.metric_records) != 1 or set(record) != set(expected):
+        return "metrics that are not those of this exchange"
+    for key, value in expected.items():
+        found = record[key]
+        if isinstance(found, bool) or not isinstance(found, int if isinstance(value, int) else int | float):
+            return "metrics of other types"
+        if not math.isfinite(found):
+            return "metrics that are not finite"
+        if isinstance(value, int) and not (1 if key == NUM_EXAMPLES else 0) <= found <= MAX_EXAMPLES:
+            return "a number of images that is out of range"
+    return None
+
+
+def _readable(array: Array, before: Array) -> np.ndarray | None:
+    """Read an array, unless it is larger than the one that was sent."""
+    if len(array.data) > len(before.data) + _NPY_HEADER_BYTES:
+        return None
+    try:
+        found = array.numpy()
+    except Exception:  # whatever NumPy raises at bytes that are no array, MemoryError at a false shape included
+        return None
+    return found if isinstance(found, np.ndarray) else None

@@ -1,0 +1,68 @@
+import threading
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from clients.approval import approvals_folder, decide, pending, read_preview, wait_for_approval
+from fgl_app.cli import cli
+from fgl_app.errors import ApprovalError
+from fgl_app.prompts import PromptCount
+
+PROMPTS = [PromptCount(0, "a cat", 3), PromptCount(1, "a dog", 2)]
+NAMES = ("cat", "dog")
+
+
+def wait(folder, prompts=PROMPTS, timeout_s=20.0):
+    wait_for_approval(prompts, NAMES, "study", folder, timeout_s)
+
+
+def test_prompts_wait_until_their_owner_approves_exactly_them(tmp_path):
+    waiting = threading.Thread(target=wait, args=(tmp_path,))
+    waiting.start()
+    while not pending(tmp_path):
+        time.sleep(0.05)
+    (name,) = pending(tmp_path)
+
+    assert read_preview(name, tmp_path) == ("study", [("cat", 3, "a cat"), ("dog", 2, "a dog")])
+    assert (tmp_path / f"{name}.json").stat().st_mode & 0o777 == 0o600
+    assert waiting.is_alive()
+    decide(name, tmp_path, approve=True)
+    waiting.join(10)
+
+    assert not waiting.is_alive()
+    assert pending(tmp_path) == []
+    wait(tmp_path, timeout_s=0.1)  # once approved, not asked for again
+    with pytest.raises(ApprovalError, match=r"nobody did within 0\.1 s"):  # others are
+        wait(tmp_path, [PromptCount(0, "another cat", 3)], timeout_s=0.1)
+
+
+def test_rejected_prompts_are_never_sent_until_they_are_approved_after_all(tmp_path):
+    with pytest.raises(ApprovalError, match="fgl approve"):
+        wait(tmp_path, timeout_s=0.0)
+    (name,) = pending(tmp_path)
+    decide(name, tmp_path, approve=False)
+
+    with pytest.raises(ApprovalError, match="rejected"):
+        wait(tmp_path)
+
+    decide(name, tmp_path, approve=True)
+    wait(tmp_path, timeout_s=0.0)
+
+
+def test_the_owner_decides_by_a_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("FGL_CACHE", str(tmp_path))
+    with pytest.raises(ApprovalError):
+        wait(approvals_folder(), timeout_s=0.0)
+    run = CliRunner().invoke
+
+    name = run(cli, ["approve"]).stdout.strip()
+    shown = run(cli, ["approve", name], input="n\n").stdout
+    assert "dog\t2\ta dog" in shown
+    assert pending(approvals_folder()) == [name]
+
+    assert run(cli, ["approve", name], input="y\n").stdout.endswith("approved\n")
+    wait(approvals_folder(), timeout_s=0.0)
+    assert run(cli, ["approve"]).stdout == "nothing waits for approval\n"
+    with pytest.raises(ApprovalError, match="is none"):
+        read_preview("../etc", approvals_folder())

@@ -1,0 +1,140 @@
+import functools
+import time
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord
+
+from fgl_app.cards import load_card
+from fgl_app.data.images import ImageSet
+from fgl_app.errors import RoundError
+from fgl_app.phases import initial_arrays
+from fgl_app.prompts import PromptLimits
+from strategies import FGL
+from strategies.inner import build_inner
+from strategies.prompt_round import PromptRound
+
+NOTHING = ImageSet(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+NAMES = load_card("digits").class_names()
+
+
+def prompt_round(grid, limits=None, **changes):
+    return PromptRound(
+        grid, limits or PromptLimits(1000, 1000), **({"class_names": NAMES, "deadline_s": 0.2} | changes)
+    )
+
+
+def fgl(grid, *, synthesize, min_clients=2, limits=None, num_clients=3):
+    """Run one-shot FGL; return what its synthesis was given each time, and the last report of the exchange."""
+    drawn, reports = [], []
+
+    def draw(merged, listen):
+        drawn.append(sum(item.count for item in merged.prompts))
+        synthesize(listen)
+        return NOTHING
+
+    strategy = FGL(
+        build_inner("FedAvg", "", num_selected=2, weighting="examples", evaluate_on_clients=False),
+        class_names=NAMES,
+        num_clients=num_clients,
+        prompt_round=functools.partial(prompt_round, limits=limits),
+        synthesize=draw,
+        pretrain=lambda arrays, images: arrays,
+        on_prompts=lambda merged, exchange: reports.append(exchange.report()),
+        connect_timeout_s=1,
+        min_clients=min_clients,
+    )
+    strategy.start(grid, ArrayRecord({"weight": torch.zeros(1)}), num_rounds=1)
+    return drawn, reports[-1]
+
+
+def test_prompts_of_a_late_client_are_merged_while_images_are_drawn(make_grid):
+    grid = make_grid(partition="iid")
+    grid.late = {1002}
+
+    def synthesize(listen):
+        grid.late = set()
+        listen()
+
+    drawn, report = fgl(grid, synthesize=synthesize)
+
+    assert 0 < drawn[0] < 838  # two of three clients
+    assert drawn[1:] == [838]
+    assert (report["late"], report["missed"], report["clients_used"]) == ([2], [], 3)
+
+
+def test_a_client_that_joins_while_images_are_drawn_is_asked(make_grid):
+    grid = make_grid(partition="iid")
+    latecomer = grid.node_configs.pop(1001)
+
+    drawn, report = fgl(grid, synthesize=lambda listen: grid.node_configs.update({1001: latecomer}))
+
+    assert drawn[1:] == [838]
+    assert (report["clients_asked"], report["late"]) == (3, [1])
+
+
+def test_a_client_that_does_not_answer_in_time_is_reported_as_missed(make_grid):
+    grid = make_grid(partition="iid")
+    grid.late = {1002}
+
+    started = time.monotonic()
+    drawn, report = fgl(grid, synthesize=lambda listen: listen())
+
+    assert len(drawn) == 1
+    assert report["missed"] == [1002]  # nothing is known of it but its node
+    assert time.monotonic() - started < 5
+
+
+def test_a_quorum_that_is_not_met_ends_the_run(make_grid):
+    grid = make_grid(partition="iid")
+    grid.late = {1002}
+
+    with pytest.raises(RoundError, match="at least 3 of 3 clients must send usable prompts"):
+        fgl(grid, synthesize=lambda listen: None, min_clients=3)
+
+    del grid.node_configs[1001], grid.node_configs[1002]
+    with pytest.raises(RoundError, match="`min-clients` is 2, but after 1 s only 1 clients"):
+        fgl(grid, synthesize=lambda listen: None)
+
+
+def test_a_missing_client_is_waited_for_once(make_grid, settings):
+    grid = make_grid(partition="iid")
+    del grid.node_configs[1002]
+    strategy = FGL(
+        build_inner("FedAvg", "", num_selected=2, weighting="examples", evaluate_on_clients=False),
+        class_names=NAMES,
+        num_clients=3,
+        prompt_round=prompt_round,
+        synthesize=lambda merged, listen: NOTHING,
+        pretrain=lambda arrays, images: arrays,
+        connect_timeout_s=2,
+        min_clients=2,
+    )
+    times = []
+    original = strategy.configure_train
+
+    def timed(number, arrays, config: ConfigRecord, grid):
+        started = time.monotonic()
+        messages = original(number, arrays, config, grid)
+        times.append(time.monotonic() - started)
+        return messages
+
+    strategy.configure_train = timed
+    strategy.start(grid, initial_arrays(settings, NAMES), num_rounds=3)
+
+    assert len(strategy.model_bytes[3]) == 2
+    assert max(times) < 1
+
+
+def test_what_is_refused_is_counted_by_client_and_reason(make_grid):
+    grid = make_grid(partition="iid")
+
+    drawn, report = fgl(grid, synthesize=lambda listen: None, limits=PromptLimits(8, 1000, ("seven",)))
+
+    assert report["clients_used"] == 3
+    refused = {(row["client"], row["reason"]): row["count"] for row in report["refused"]}
+    assert refused == {
+        **{(client, "Refused: a blocked word."): 1 for client in range(3)},
+        **{(client, "Refused: more prompts than one client may send."): 1 for client in range(3)},
+    }
+    assert drawn[0] < 838
