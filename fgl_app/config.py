@@ -259,6 +259,7 @@ def _check_combinations(settings: Settings) -> None:
             f"`prompt-level` must be class where the server writes the prompts, but is {prompts.prompt_level}. "
             'Use "class".'
         )
+    _check_private_rounds(settings)
     synthesis = settings.synthesis
     if synthesis.profile == "turbo" and not synthesis.lora:
         raise ConfigError(
@@ -271,4 +272,27 @@ def _check_combinations(settings: Settings) -> None:
         raise ConfigError(
             "`embedding-epsilon` needs `embedding-clip` > 0, which bounds what noise must hide, and "
             "`embedding-summary` none or mean, because clusters depend on the data. Use for example embedding-clip=10."
+        )
+
+
+def _check_private_rounds(settings: Settings) -> None:
+    """Refuse differential privacy of the rounds where it would not hold."""
+    privacy, training = settings.privacy, settings.training
+    asked = "client-dp" if privacy.client_dp != "off" else "example-dp-noise" if privacy.example_dp_noise else None
+    if asked and settings.run.method == "centralized":
+        raise ConfigError(
+            f'`{asked}` has no meaning for method centralized, which has no clients. Use method "fedavg".'
+        )
+    if privacy.client_dp != "off":
+        if training.weighting != "uniform":
+            raise ConfigError(
+                "`weighting` must be uniform where `client-dp` is set, because the noise hides one client among equals,"
+                f' but is {training.weighting}. Use "uniform".'
+            )
+        if not privacy.client_dp_noise:
+            raise ConfigError("`client-dp-noise` must be > 0 where `client-dp` is set, but is 0. Use 1.")
+    if privacy.example_dp_noise and training.strategy == "QFedAvg":
+        raise ConfigError(
+            "`strategy` must not be QFedAvg where `example-dp-noise` is set, because it weights clients by their "
+            'losses, which are withheld. Use "FedAvg".'
         )
