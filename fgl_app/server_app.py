@@ -31,6 +31,7 @@ from fgl_app.phases import (
     draw_plan,
     draw_synthetic_set,
     evaluator,
+    in_model_order,
     initial_arrays,
     parameter_names,
     resolve,
@@ -256,7 +257,7 @@ class Session:
 
     def _first_arrays(self) -> ArrayRecord:
         if self.rounds:
-            return self.folder.load_arrays(len(self.rounds))
+            return in_model_order(self.settings, self.class_names, self.folder.load_arrays(len(self.rounds)))
         # The classes may be known only after the prompt round; the server's phase then makes the first weights.
         return initial_arrays(self.settings, self.class_names) if self.class_names else ArrayRecord()
 

@@ -169,7 +169,10 @@ class CheckedRounds(Strategy):
         )
         self.model_bytes[number] = [serialized_bytes(reply) for reply in ordered]
         contents = [reply.content for reply in ordered]
-        for content in contents:  # the weight of the unweighted mean is not the client's to choose
+        for content in contents:
+            arrays = content.array_records[ARRAYS]  # Flower's clipping goes by places, not by names
+            content[ARRAYS] = ArrayRecord({name: arrays[name] for name in sent})
+            # The weight of the unweighted mean is not the client's to choose.
             for metrics_record in content.metric_records.values():
                 metrics_record[EQUAL_WEIGHT] = 1
         updates = [content.array_records[ARRAYS] for content in contents]
@@ -184,15 +187,15 @@ class CheckedRounds(Strategy):
         else:
             self.update_metrics[number] = update_metrics(sent, updates, self._parameters)
         statistics = split_statistics(contents, self._parameters or ()) if self._splits_statistics else []
-        arrays, metrics = self.inner.aggregate_train(number, ordered)
-        if arrays is None or len(arrays) == 0:
+        new, metrics = self.inner.aggregate_train(number, ordered)
+        if new is None or len(new) == 0:
             raise RoundError(f"Training round {number} must give new weights, but the strategy aggregated none.")
         if statistics:
             assert isinstance(self.inner, FedAvg)
-            arrays = join_statistics(arrays, statistics, self.inner.weighted_by_key, list(self._dtypes))
+            new = join_statistics(new, statistics, self.inner.weighted_by_key, list(self._dtypes))
         if metrics is not None:
             self.train_metrics[number] = metrics
-        return restore_integers(arrays, self._dtypes), metrics
+        return restore_integers(new, self._dtypes), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -102,6 +102,19 @@ def test_an_update_of_zero_is_refused_and_stops_nobody(make_grid):
     assert strategy.refusals[1].reasons() == ["Refused: weights that have not changed."]
 
 
+def test_arrays_are_clipped_by_their_names_in_whatever_order_a_client_sends_them(make_grid):
+    sent = ArrayRecord({name: Array(np.full(2, value, np.float32)) for name, value in (("a", 0), ("b", 10))})
+    strategy = build("fixed", clients=2, noise=1e-9, clip=100.0)
+    replies = []
+    for question in strategy.configure_train(1, sent, ConfigRecord(), make_grid(num_clients=2)):
+        turned = ArrayRecord({"b": Array(np.full(2, 11, np.float32)), "a": Array(np.full(2, 1, np.float32))})
+        replies.append(Message(RecordDict({"arrays": turned, "metrics": training_metrics(1, 0.5)}), reply_to=question))
+
+    mean = strategy.aggregate_train(1, replies)[0]
+
+    assert {name: array.numpy().round(4).tolist() for name, array in mean.items()} == {"a": [1, 1], "b": [11, 11]}
+
+
 @pytest.mark.parametrize("kind", ["adaptive", "client-adaptive"])
 def test_the_norm_rises_where_all_updates_are_clipped_and_falls_where_none_is(make_grid, kind):
     def norm_after(size):
