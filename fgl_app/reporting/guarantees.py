@@ -1,4 +1,4 @@
-"""What differential privacy a finished run has, in numbers and in sentences, for ``results.json``."""
+"""What differential privacy a finished run has, in numbers and in sentences, for ``results.json`` and the report."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fgl_app.privacy.accounting import clients_epsilon, images_epsilon
+from fgl_app.reporting.page import Section, Table
 from fgl_app.settings import Settings
 
 _IMAGE, _CLIENT = "one image", "one client"
 _UNITS = {
-    _IMAGE: "of one training image as against none in its place",
-    _CLIENT: "of all data of one client as against none",
+    _IMAGE: "of the content of one training image",
+    _CLIENT: "of all training data of one client",
 }
 _PARTS = {
     "prompts": "the prompts of the clients",
@@ -45,6 +46,25 @@ def privacy_statement(settings: Settings, rounds: Sequence[Mapping[str, Any]]) -
     parts = ["prompts"] * prompted + ["rounds"] * any(row["phase"] == "federated" for row in rounds)
     units = [unit for unit in _UNITS if any(item["unit"] == unit for item in mechanisms)]
     return {"mechanisms": mechanisms, "total": [_total(unit, parts, mechanisms) for unit in units]}
+
+
+def privacy_sections(statement: Mapping[str, Any] | None) -> list[Section]:
+    """Return the part of a run's report that shows what :func:`privacy_statement` states; none without mechanisms."""
+    if statement is None or "mechanisms" not in statement:  # as results of version 0.1.0 have it
+        return []
+    rows = [
+        [
+            item["part"],
+            item["unit"],
+            item["mechanism"],
+            f"{item['epsilon']:.2f}",
+            f"{item['delta']:g}",
+            item["protects"],
+        ]
+        for item in statement["mechanisms"]
+    ]
+    table = Table("Differential privacy", ["part", "unit", "mechanism", "ε", "δ", "what it hides"], rows, numbers=False)
+    return [Section("Privacy", [item["sentence"] for item in statement["total"]], tables=[table])]
 
 
 def _of_prompts(settings: Settings) -> list[dict[str, Any]]:
