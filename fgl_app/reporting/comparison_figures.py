@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator
 
 from fgl_app.experiments import Experiment, Figure, Results, accuracies, epsilon_of, mean_and_sd, seconds_of
 from fgl_app.reporting.figures import COLOURS, HATCHES, LINES, MARKERS, to_png, to_svg
@@ -81,6 +82,10 @@ def _curves(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
             axis.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
             if figure.kind in _LOGARITHMIC:
                 axis.set_xscale("log")
+            if figure.kind == "by-epsilon":
+                axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter("")
         axis.set_xlabel(figure.x_label or _X_LABELS.get(figure.kind, ""))
         if len(panels) > 1:
             axis.set_title(columns[0], fontsize=10)
