@@ -51,6 +51,7 @@ def result(seed, *round_accuracies):
     return {
         "seed": seed, "rounds": rounds, "final_accuracy": round_accuracies[-1], "paper_metric": max(round_accuracies),
         "selected_accuracy": round_accuracies[0], "one_shot_accuracy": None, "synthesis": None,
+        "privacy": None,
         "upload_bytes": {"total": 1_000_000 * len(rounds)},
     }  # fmt: skip
 
@@ -273,7 +274,9 @@ def test_accuracy_against_epsilon_has_a_logarithmic_axis_and_levels_to_compare_w
     assert epsilon_of(experiment, results, "DP-SGD", "little", "rounds") == 300.0
     assert epsilon_of(experiment, results, "FedAvg", "little", "rounds") is None
     assert epsilon_of(experiment, {}, "FedAvg", "much", "rounds") is None
-    write_tables(experiment, results, tmp_path / "out")
+    table = write_tables(experiment, results, tmp_path / "out").read_text("utf-8")
+    assert "## ε of the rounds" in table
+    assert "| DP-SGD | 3.00 | 300.00 |" in table
     drawn = (tmp_path / "out" / "epsilon.svg").read_text("utf-8")
     assert "DP-SGD" in drawn
     assert "FedAvg" in drawn
