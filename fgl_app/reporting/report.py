@@ -11,6 +11,7 @@ from fgl_app.errors import DataError, RunFolderError, SynthesisError
 from fgl_app.files import write_atomically
 from fgl_app.reporting import figures
 from fgl_app.reporting.finished_run import FinishedRun, class_counts, held_out_images, read_run, synthetic_images
+from fgl_app.reporting.guarantees import privacy_sections
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
 from fgl_app.reporting.run_folder import forgotten_set
 
@@ -89,6 +90,7 @@ def build_page(run: FinishedRun) -> Page:
             _images(run),
             _prompts(run),
             *_failures(run),
+            *privacy_sections(results.get("privacy")),
             _costs(run),
             _configuration(run),
         ],
