@@ -1,0 +1,118 @@
+"""A server and three sites on network stacks of their own: TLS, authenticated SuperNodes, and a cable that is cut."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import ENVIRONMENT, results
+from hosts import Network, Processes, network
+
+from fgl_app.certificates import make_certificates
+from fgl_app.config import APP_FOLDER
+
+pytestmark = pytest.mark.e2e
+
+SITES = ("site0", "site1", "site2")
+SERVER = "server.example.org"
+RUN_CONFIG = (
+    'dataset="folder" num-clients=3 num-server-rounds=2 image-size=8 model="cnn" images-per-class=24'
+    ' num-inference-steps=6 server-epochs=4 local-epochs=1 server-finetune-epochs=0 batch-size=16 output-dir="{output}"'
+)
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str, processes: Processes) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} within {seconds:g} s\n{processes.output()[-6000:]}"
+        time.sleep(0.5)
+
+
+def start_server(hosts: Network, processes: Processes, folder: Path) -> None:
+    keys = folder / "certificates" / "server"
+    command = ["flower-superlink", "--host", "0.0.0.0", "--port", "8000", "--database", folder / "state.db"]
+    command += ["--ssl-ca-certfile", keys / "ca.crt", "--ssl-certfile", keys / "server.pem"]
+    command += ["--ssl-keyfile", keys / "server.key", "--enable-supernode-auth"]
+    command += ["--disable-runtime-dependency-installation"]
+    processes.start("server", hosts.on("server", *command), FLWR_HOME=str(folder / "server"))
+    look = f"import urllib.request as r; r.urlopen('https://{SERVER}:8000/health')"
+    ask = hosts.on("server", sys.executable, "-c", look)
+    environment = ENVIRONMENT | {"SSL_CERT_FILE": str(keys / "ca.crt")}
+    wait_until(
+        lambda: subprocess.run(ask, env=environment, capture_output=True, check=False).returncode == 0,
+        60, "the SuperLink must start", processes,
+    )  # fmt: skip
+
+
+def start_site(hosts: Network, processes: Processes, folder: Path, number: int) -> None:
+    site = SITES[number]
+    keys = folder / "certificates" / site
+    command = ["flower-supernode", "--superlink", f"{SERVER}:8000", "--root-certificates", keys / "ca.crt"]
+    command += ["--auth-supernode-private-key", keys / "supernode.key"]
+    command += ["--node-config", f'partition-id={number} data-path="{folder / "images" / site}"']
+    processes.start(site, hosts.on(site, *command), FLWR_HOME=str(folder / site))
+
+
+@pytest.fixture
+def flwr(tmp_path):
+    """Flower's commands, as an operator gives them on the server."""
+    home = tmp_path / "operator"
+    home.mkdir()
+    authority = tmp_path / "certificates" / "server" / "ca.crt"
+    (home / "config.toml").write_text(
+        f'[superlink.site]\naddress = "{SERVER}:8000"\nroot-certificates = "{authority}"\n'
+    )
+
+    def run(hosts: Network, *words: object) -> str:
+        done = subprocess.run(
+            hosts.on("server", "flwr", *words), env=ENVIRONMENT | {"FLWR_HOME": str(home)}, cwd=home,
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_a_run_outlives_a_cut_cable(tmp_path, flwr):
+    images = [sys.executable, APP_FOLDER / "examples" / "deployment" / "write_sites.py", tmp_path / "images"]
+    environment = ENVIRONMENT | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(APP_FOLDER), os.environ.get("PYTHONPATH", "")]),
+    }
+    processes = Processes(tmp_path, environment)
+    with network("server", *SITES) as hosts:
+        subprocess.run(images, env=environment, check=True)
+        make_certificates(tmp_path / "certificates", [SERVER], SITES, days=1)
+        try:
+            start_server(hosts, processes, tmp_path)
+            for number, site in enumerate(SITES):
+                flwr(hosts, "supernode", "register", tmp_path / "certificates" / site / "supernode.pub", "site")
+                start_site(hosts, processes, tmp_path, number)
+            config = RUN_CONFIG.format(output=tmp_path)
+            started = flwr(hosts, "run", APP_FOLDER, "site", "--run-config", config, "--format", "json")
+            run_id = json.loads(started)["run-id"]
+
+            metrics = tmp_path / "digits" / "metrics.jsonl"
+            wait_until(lambda: metrics.exists() and metrics.read_text(), 300, "round 1 must end", processes)
+            hosts.plug("site2", "down")
+            failed = "training round 2: 1 of 3 clients failed"
+            wait_until(lambda: failed in flwr(hosts, "log", run_id, "site", "--show"), 180, failed, processes)
+            hosts.plug("site2", "up")
+            wait_until((tmp_path / "digits" / "results.json").exists, 240, "the run must end", processes)
+            output = flwr(hosts, "log", run_id, "site", "--show") + processes.output()
+        finally:
+            processes.stop()
+
+    rounds = results(tmp_path / "digits")["rounds"]
+    assert [(row["round"], row["phase"], row["clients"]) for row in rounds] == [
+        (1, "one-shot", 0),
+        (2, "federated", 2),
+    ]
+    assert results(tmp_path / "digits")["upload_bytes"]["prompts_per_client"]["payload"] > 0
+    assert not re.search(r"a photo of a handwritten (zero|one|nine)", output)  # prompts are never logged
