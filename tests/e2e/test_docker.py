@@ -1,0 +1,168 @@
+"""The demo of docker/compose.yaml for real, from a base image of Debian's packages on; gigabytes, and ten minutes."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import results
+
+from fgl_app.config import APP_FOLDER
+
+pytestmark = pytest.mark.nightly
+
+BASE_IMAGE = "fgl-test-base"
+PROJECT = "fgltest"
+
+
+def compose() -> list[str]:
+    """Return Docker's Compose, as a plugin or as the program of its own that Debian has."""
+    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+    return ["docker", "compose"] if plugin.returncode == 0 else ["docker-compose"]
+
+
+def documented(file: Path, word: str) -> list[str]:
+    """Return the one command in a file's head that ends with ``word``."""
+    lines = [line.removeprefix("#").strip() for line in file.read_text().splitlines()]
+    (line,) = [line for line in lines if line.startswith(("docker", "sudo docker")) and line.endswith(word)]
+    return shlex.split(line.removeprefix("sudo "))
+
+
+def do(command: list[str], timeout: float = 2400, expect: int | None = 0, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=APP_FOLDER, env=os.environ | environment, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert expect is None or done.returncode == expect, f"{command}\n{done.stdout[-8000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def base_image() -> str:
+    """Build the base image by its script, unless BASE_IMAGE names one."""
+    for tool in ("docker", "debootstrap"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    if os.geteuid() != 0 or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root and a running Docker Engine")
+    if given := os.environ.get("BASE_IMAGE"):
+        return given
+    script, _ = documented(APP_FOLDER / "docker" / "debian_base.sh", "fgl-base")
+    do([str(APP_FOLDER / script), BASE_IMAGE])
+    return BASE_IMAGE
+
+
+@pytest.fixture(scope="module")
+def demo(base_image, tmp_path_factory) -> Iterator[Path]:
+    """Start the demo by its documented command and take it down at the end."""
+    folder = tmp_path_factory.mktemp("demo")
+    file = APP_FOLDER / "docker" / "compose.yaml"
+    environment = {"BASE_IMAGE": base_image, "FGL_DEMO": str(folder), "COMPOSE_PROJECT_NAME": PROJECT}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        try:
+            do(compose() + documented(file, "--detach")[2:])
+            yield folder
+        finally:
+            do([*compose(), "--file", str(file), "down", "--volumes"], expect=None)
+
+
+def job(expect: int = 0, **environment: str) -> str:
+    words = documented(APP_FOLDER / "docker" / "compose.yaml", "job")[2:]
+    return do(compose() + words, expect=expect, **environment)
+
+
+def visitor(demo: Path, script: str) -> str:
+    """Run a script in a client's container on the sites' network, with site0's copy of the CA's certificate."""
+    return do(
+        ["docker", "run", "--rm", "--network", f"{PROJECT}_sites", "--entrypoint", "bash", "--volume",
+         f"{demo}/certificates/site0/ca.crt:/ca.crt:ro", "fgl-client", "-c", script],
+        expect=None,
+    )  # fmt: skip
+
+
+def test_the_demo_ends_with_results_in_the_mounted_folder(demo):
+    output = job()
+
+    assert "finished:completed" in output
+    found = results(demo / "runs" / "demo")
+    assert [(row["round"], row["phase"], row["clients"]) for row in found["rounds"]] == [
+        (1, "one-shot", 0),
+        (2, "federated", 3),
+    ]
+    assert (demo / "runs" / "demo" / "prompts.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_run_that_failed_makes_the_job_fail(demo):
+    config = 'run-name="none" dataset="folder" class-names="cat,dog" num-clients=3 image-size=8'
+
+    output = job(expect=1, FGL_RUN_CONFIG=config)
+
+    assert "finished:failed" in output
+    assert not (demo / "runs" / "none" / "results.json").exists()
+
+
+def test_strangers_are_refused(demo):
+    python = "from cryptography.hazmat.primitives.asymmetric import ec; from cryptography.hazmat.primitives import "
+    python += "serialization as s; open('/tmp/stranger', 'wb').write(ec.generate_private_key(ec.SECP384R1())."
+    python += "private_bytes(s.Encoding.PEM, s.PrivateFormat.OpenSSH, s.NoEncryption()))"
+    node = "flower-supernode --superlink superlink:8443"
+
+    unregistered = visitor(
+        demo,
+        f'python3 -c "{python}"; timeout 60 {node} --root-certificates /ca.crt '
+        "--auth-supernode-private-key /tmp/stranger",
+    )
+    plaintext = visitor(demo, f"timeout 60 {node} --insecure")
+
+    for said in (unregistered, plaintext):
+        assert "Exit Code: 305" in said
+        assert "SuperNode ID" not in said
+
+
+def test_the_sites_reach_the_fleet_api_of_the_server_and_nothing_else(demo):
+    ask = (
+        "import socket, ssl, urllib.request as r, urllib.error\n"
+        "context = ssl.create_default_context(cafile='/ca.crt')\n"
+        "for path in ('v1/control/list-runs', 'v1/runtime/pull-pending-tasks', 'health'):\n"
+        "    try: r.urlopen('https://superlink:8443/' + path, data=b'', context=context)\n"
+        "    except urllib.error.HTTPError as error: print(path, error.code)\n"
+        "for address in (('superlink', 8000), ('192.0.2.1', 80)):\n"
+        "    try: socket.create_connection(address, 5); print(address[0], 'reached')\n"
+        "    except OSError: print(address[0], 'not reached')\n"
+    )
+
+    said = visitor(demo, f"python3 - <<'PYTHON'\n{ask}PYTHON")
+
+    assert said.split("\n")[:5] == [
+        "v1/control/list-runs 403",
+        "v1/runtime/pull-pending-tasks 403",
+        "health 403",
+        "superlink not reached",
+        "192.0.2.1 not reached",
+    ]
+
+
+def test_nothing_runs_as_root_and_everything_is_healthy(demo):
+    for service in ("superlink", "site0", "site1", "site2"):
+        container = do(["docker", "ps", "--quiet", "--filter", f"name={PROJECT}.{service}"]).strip()
+        assert do(["docker", "exec", container, "id", "--user"]).strip() == "1000"
+        assert do(["docker", "inspect", "--format", "{{.State.Health.Status}}", container]).strip() == "healthy"
+
+
+def test_the_image_without_a_target_is_the_command_fgl(base_image, tmp_path):
+    tmp_path.chmod(0o777)
+    build = documented(APP_FOLDER / "docker" / "Dockerfile", "--tag fgl --file docker/Dockerfile .")
+    do([*build, "--build-arg", f"BASE_IMAGE={base_image}"])
+
+    do(
+        ["docker", "run", "--rm", "--network", "none", "--volume", f"{tmp_path}:/runs", "fgl", "run",
+         "num-server-rounds=1", "model=cnn", "images-per-class=16", "num-inference-steps=4", "server-epochs=2",
+         "image-size=8", "--clients", "2"],
+    )  # fmt: skip
+
+    assert len(results(tmp_path / "digits")["rounds"]) == 1
