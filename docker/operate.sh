@@ -14,9 +14,12 @@ prepare() {
     [ -e /demo/certificates/ca/ca.crt ] ||
         fgl certificates /demo/certificates --host superlink --site site0 --site site1 --site site2
     cp /examples/gate.conf /demo/certificates/server/
-    [ -e /demo/sites/site0/zero ] || python3 /examples/write_sites.py /demo/sites
     mkdir -p /demo/runs /demo/models
-    chown -R fgl:fgl /demo
+    chown -R "$FGL_UID" /demo/certificates /demo/runs
+    if [ -z "$(find /demo/sites -mindepth 2 -print -quit 2> /dev/null)" ]; then
+        python3 /examples/write_sites.py /demo/sites
+        chown -R "$FGL_UID" /demo/sites
+    fi
 }
 
 # A second start finds the keys registered.

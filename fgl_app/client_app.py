@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 from flwr.common.logger import log
 from torch import nn
 
@@ -51,6 +52,8 @@ from fgl_app.settings import Settings
 from fgl_app.training import pick_device
 
 Handler = Callable[[Message, Settings, Context], RecordDict]
+_CLIPPING = {"client-fixed": fixedclipping_mod, "client-adaptive": adaptiveclipping_mod}
+"""Flower's mod for each value of ``client-dp`` that clips updates on the clients."""
 
 
 def answer(handler: Handler) -> Callable[[Message, Context], Message]:
@@ -69,6 +72,17 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
         except Exception:
             log(ERROR, "this client failed", exc_info=True)
             return Message(Error(FGLError.client_code, FGLError.client_sentence), reply_to=message)
+
+    return wrapped
+
+
+def clip_if_asked(handler: Callable[[Message, Context], Message]) -> Callable[[Message, Context], Message]:
+    """Have Flower's mod clip the update that a handler answers with, where ``client-dp`` says so."""
+
+    @functools.wraps(handler)
+    def wrapped(message: Message, context: Context) -> Message:
+        mod = _CLIPPING.get(str(context.run_config.get("client-dp")))
+        return handler(message, context) if mod is None else mod(message, context, handler)
 
     return wrapped
 
@@ -110,17 +124,25 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
 
 
 def train(message: Message, settings: Settings, context: Context) -> RecordDict:
-    """Answer ``train``: the global model after local SGD, and its loss."""
+    """Answer ``train``: the global model after local SGD, and its loss, which DP-SGD withholds as 0."""
     data = _data(message, settings, context)
     model = _received_model(message, settings, data.class_names)
     config = cast(ConfigRecord, message.content[CONFIG])
-    loss = train_locally(
+    training, privacy = settings.training, settings.privacy
+    train_model: Callable[..., float | None] = train_locally
+    if privacy.example_dp_noise:
+        from clients.private_training import train_privately  # seconds of import
+
+        train_model = functools.partial(
+            train_privately, noise_multiplier=privacy.example_dp_noise, clipping_norm=privacy.example_dp_clip
+        )
+    loss = train_model(
         model,
         data.train,
-        local_epochs=settings.training.local_epochs,
-        batch_size=settings.training.batch_size,
-        learning_rate=settings.training.learning_rate,
-        augmentation=settings.training.augmentation,
+        local_epochs=training.local_epochs,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        augmentation=training.augmentation,
         proximal_mu=float(cast(float, config.get("proximal-mu", 0.0))),  # sent by Flower's FedProx
         generator=torch_generator(
             settings.run.seed, "local-training", cast(int, config["server-round"]), data.partition_id
@@ -130,7 +152,7 @@ def train(message: Message, settings: Settings, context: Context) -> RecordDict:
     return RecordDict(
         {
             ARRAYS: to_arrays(model),
-            METRICS: training_metrics(len(data.train), loss),
+            METRICS: training_metrics(len(data.train), loss or 0.0),
             CLIENT: client_record(data.partition_id),
         }
     )
@@ -241,5 +263,5 @@ def _embedded(written: Sequence[PromptCount], settings: Settings, data: ClientDa
 app = ClientApp()
 app.query("prompts")(answer(prompts))
 app.query("place")(answer(place))
-app.train()(answer(train))
+app.train()(clip_if_asked(answer(train)))
 app.evaluate()(answer(evaluate))

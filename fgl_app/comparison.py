@@ -23,6 +23,7 @@ from fgl_app.experiments import (
     Run,
     accuracies,
     cumulative_upload,
+    epsilon_of,
     load_experiment,
     mean_and_sd,
     seconds_of,
@@ -167,6 +168,9 @@ def _sections(experiment: Experiment, results: Results) -> list[tuple[str, Table
     sections.append(
         ("Uploaded by all clients together, MB", Table("Whole Flower messages, mean of runs.", head, uploads))
     )
+    for part in ("prompts", "rounds"):
+        if (epsilons := _epsilon_table(experiment, results, part)) is not None:
+            sections.append((f"ε of the {part}", epsilons))
     if experiment.orderings:
         claims = [_ordering(experiment, results, ordering) for ordering in experiment.orderings]
         caption = "Claims about the means of the first table."
@@ -268,6 +272,17 @@ def _domain_table(experiment: Experiment, results: Results, seeds: str) -> Table
             cells += [[float(line[key]) for line in shown] for key in ("accuracy", "accuracy_macro")]
             rows.append([f"{row.name}, {column}", *map(_mean_and_sd, cells)])
     return Table(f"{seeds}.", ["", *domains, "micro", "macro"], rows) if rows else None
+
+
+def _epsilon_table(experiment: Experiment, results: Results, part: str) -> Table | None:
+    """Build the epsilons of the runs whose prompts, or rounds, have differential privacy; None without any."""
+    rows = []
+    for row in experiment.rows:
+        found = [epsilon_of(experiment, results, row.name, column, part) for column in experiment.columns]
+        if any(value is not None for value in found):
+            rows.append([row.name, *("—" if value is None else f"{value:.2f}" for value in found)])
+    caption = "Of one image, or else of one client; each run's results.json says what it hides, and at which delta."
+    return Table(caption, ["", *experiment.columns], rows) if rows else None
 
 
 def _ordering(experiment: Experiment, results: Results, ordering: Ordering) -> list[str]:

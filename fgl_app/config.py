@@ -260,6 +260,7 @@ def _check_combinations(settings: Settings) -> None:
             'Use "class".'
         )
     _check_defences(settings)
+    _check_private_rounds(settings)
     synthesis = settings.synthesis
     if synthesis.profile == "turbo" and not synthesis.lora:
         raise ConfigError(
@@ -310,4 +311,27 @@ def _check_defences(settings: Settings) -> None:
     if privacy.min_clients_per_prompt > 1 and prompts.prompt_level == "embedding":
         raise ConfigError(
             "`min-clients-per-prompt` compares texts, so `prompt-level` must be class or instance, but is embedding."
+        )
+
+
+def _check_private_rounds(settings: Settings) -> None:
+    """Refuse differential privacy of the rounds where it would not hold."""
+    privacy, training = settings.privacy, settings.training
+    asked = "client-dp" if privacy.client_dp != "off" else "example-dp-noise" if privacy.example_dp_noise else None
+    if asked and settings.run.method == "centralized":
+        raise ConfigError(
+            f'`{asked}` has no meaning for method centralized, which has no clients. Use method "fedavg".'
+        )
+    if privacy.client_dp != "off":
+        if training.weighting != "uniform":
+            raise ConfigError(
+                "`weighting` must be uniform where `client-dp` is set, because the noise hides one client among equals,"
+                f' but is {training.weighting}. Use "uniform".'
+            )
+        if not privacy.client_dp_noise:
+            raise ConfigError("`client-dp-noise` must be > 0 where `client-dp` is set, but is 0. Use 1.")
+    if privacy.example_dp_noise and training.strategy == "QFedAvg":
+        raise ConfigError(
+            "`strategy` must not be QFedAvg where `example-dp-noise` is set, because it weights clients by their "
+            'losses, which are withheld. Use "FedAvg".'
         )

@@ -17,7 +17,7 @@ from fgl_app.files import checkpoint_file
 from fgl_app.settings import RunConfigValue, Settings
 
 Measure = Literal["final_accuracy", "selected_accuracy", "paper_metric"]
-FigureKind = Literal["bars", "by-round", "by-upload", "by-seconds", "by-column"]
+FigureKind = Literal["bars", "by-round", "by-upload", "by-seconds", "by-column", "by-epsilon"]
 Results = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """``results.json`` of every finished run of a row and column, in the order of the seeds."""
 
@@ -53,6 +53,8 @@ class Figure:
     columns: tuple[str, ...]
     x_label: str
     """Label of the x-axis, for ``by-column``, whose columns are named by numbers."""
+    part: str
+    """What the epsilon on the x-axis protects, ``prompts`` or ``rounds``, for ``by-epsilon``."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,27 @@ def accuracies(
     return [float(item[measure or experiment.measure]) for item in found]
 
 
+def epsilon_of(experiment: Experiment, results: Results, row: str, column: str, part: str) -> float | None:
+    """Return the mean epsilon of a cell's runs.
+
+    Args:
+        experiment: The experiment.
+        results: Its finished runs.
+        row: Of the cell.
+        column: Of the cell.
+        part: ``prompts`` or ``rounds``; where both images and clients are protected in it, images count.
+
+    Returns:
+        None without runs, and where nothing protects the part.
+    """
+    owner, own_column, _ = experiment.cell(row, column)
+    found = []
+    for item in results.get((owner, own_column), []):
+        mechanisms = [one for one in (item["privacy"] or {"mechanisms": []})["mechanisms"] if one["part"] == part]
+        found += [float(one["epsilon"]) for one in sorted(mechanisms, key=lambda one: str(one["unit"]))[-1:]]
+    return statistics.fmean(found) if found else None
+
+
 def cumulative_upload(experiment: Experiment, results: Results, row: str, column: str) -> float | None:
     """Return the mean number of bytes that all clients uploaded for a cell's result; None without runs."""
     owner, own_column, server_round = experiment.cell(row, column)
@@ -233,6 +256,7 @@ def _parse(content: Mapping[str, Any], folder: Path) -> Experiment:
             rows=tuple(value.get("rows", names)),
             columns=tuple(map(str, value.get("columns", columns))),
             x_label=value.get("x-label", ""),
+            part=value.get("part", ""),
         )
         for value in content.get("figures", [])
     )
@@ -289,6 +313,11 @@ def _check(experiment: Experiment, path: Path) -> None:
             raise refuse(f"figure {figure.name!r} must name rows and columns, but names {list(strangers[0])}")
         if figure.kind == "by-column" and not all(map(_is_number, figure.columns)):
             raise refuse(f"figure {figure.name!r} needs columns that are named by numbers")
+        if figure.kind == "by-epsilon" and figure.part not in ("prompts", "rounds"):
+            raise refuse(f"`part` of figure {figure.name!r} must be prompts or rounds, but is {figure.part!r}")
+        earlier_rounds = {row.name for row in experiment.rows if row.server_round is not None}
+        if figure.kind == "by-epsilon" and figure.part == "rounds" and earlier_rounds & set(figure.rows):
+            raise refuse(f"figure {figure.name!r} must show last rounds only, because its epsilon is theirs")
     names: dict[str, Run] = {}
     for run in experiment.runs(Path("/")):
         for key in _SET_HERE:

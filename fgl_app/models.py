@@ -65,6 +65,27 @@ def check_model(name: str, num_classes: int, image_size: int) -> None:
         ) from None
 
 
+def check_all_trained(name: str, num_classes: int, image_size: int, key: str) -> None:
+    """Check that the classifier has no arrays besides its trained weights, such as BatchNorm's statistics.
+
+    Args:
+        name: As for :func:`build_model`.
+        num_classes: Number of classes.
+        image_size: Side of the input, px.
+        key: Key of the run configuration that wants it so.
+
+    Raises:
+        ConfigError: If it has some: neither clipping nor noise would cover what they say of single images.
+    """
+    model = build_model(name, num_classes, image_size, seed=0)
+    untrained = sorted(set(model.state_dict()) - {own for own, _ in model.named_parameters()})
+    if untrained:
+        raise ConfigError(
+            f"`model` must have no BatchNorm and no other array that is not trained where `{key}` is set, because "
+            f"noise does not protect it, but {name} has {untrained[0]}. Use model=cnn."
+        )
+
+
 def build_model(name: str, num_classes: int, image_size: int, seed: int, *, imagenet: bool = False) -> nn.Module:
     """Build a classifier with random or pretrained weights; the same seed gives the same weights.
 

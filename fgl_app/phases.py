@@ -60,6 +60,17 @@ def initial_arrays(settings: Settings, class_names: Sequence[str]) -> ArrayRecor
     return to_arrays(model if chosen == "random" else load_checkpoint(str(Path(chosen).expanduser()), model))
 
 
+def in_model_order(settings: Settings, class_names: Sequence[str], arrays: ArrayRecord) -> ArrayRecord:
+    """Return arrays in the order of the model, in which clients answer; a checkpoint has an order of its own.
+
+    Flower's clipping goes by the arrays' places and not by their names.
+
+    Raises:
+        ModelError: If they do not fit the model.
+    """
+    return to_arrays(from_arrays(_model(settings, class_names), arrays))
+
+
 def parameter_names(settings: Settings, class_names: Sequence[str]) -> frozenset[str]:
     """Return the names of the arrays that are trained, as against BatchNorm's statistics."""
     return frozenset(name for name, _ in _model(settings, class_names).named_parameters())

@@ -24,6 +24,8 @@ ARRAYS, CONFIG, METRICS, PROMPTS, CLIENT = "arrays", "config", "metrics", "promp
 NUM_EXAMPLES = "num-examples"
 EQUAL_WEIGHT = "equal-weight"
 """Metric that is 1 for every client: the weight of the unweighted mean (FGL, Eq. 4)."""
+NORM_BIT = "norm_bit"
+"""Metric of Flower's adaptiveclipping_mod: 1 if the client clipped its update."""
 NUM_UNREADABLE = "num-unreadable"
 PARTITION_ID = "partition-id"
 PAYLOAD, EMBEDDINGS = "payload", "embeddings"

@@ -25,12 +25,13 @@ from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import client_rows, load_held_out, load_split
 from fgl_app.errors import ConfigError, FGLError, RoundError, RunFolderError
 from fgl_app.foundation_models import check_model_source, text_width
-from fgl_app.models import check_model
+from fgl_app.models import check_all_trained, check_model
 from fgl_app.phases import (
     Stopwatch,
     draw_plan,
     draw_synthetic_set,
     evaluator,
+    in_model_order,
     initial_arrays,
     parameter_names,
     resolve,
@@ -47,6 +48,7 @@ from fgl_app.synthesis.launch import SynthesisReport
 from fgl_app.synthesis.plan import Plan
 from fgl_app.training import Evaluation, accuracy_by_domain, check_device
 from strategies import FGL, CheckedRounds
+from strategies.differential_privacy import with_noise
 from strategies.inner import build_inner
 from strategies.prompt_round import PromptRound
 
@@ -85,6 +87,7 @@ def check_settings(settings: Settings) -> Settings:
     check_device(settings.run.device)
     names = settings.card.class_names() or ("", "")  # of a union of the clients' classes only the number will differ
     check_model(settings.training.model, len(names), settings.data.image_size)
+    _check_private_rounds(settings, len(names))
     if settings.training.initial_weights != "random":
         initial_arrays(settings, names)
     read_blocked_words(settings.policy.blocked_words)
@@ -124,6 +127,24 @@ def check_settings(settings: Settings) -> Settings:
     return settings
 
 
+def _check_private_rounds(settings: Settings, num_classes: int) -> None:
+    """Check that the model and the installation can do the differential privacy that the rounds are to have."""
+    privacy = settings.privacy
+    for key, asked, packages in (
+        ("client-dp", privacy.client_dp != "off", ("dp_accounting",)),
+        ("example-dp-noise", privacy.example_dp_noise > 0, ("dp_accounting", "opacus")),
+    ):
+        if not asked:
+            continue
+        check_all_trained(settings.training.model, num_classes, settings.data.image_size, key)
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"`{key}` needs the package {missing[0].replace('_', '-')} on the server and on every client, and it "
+                "is not installed here. Install the extra: pip install 'federated-generative-learning[privacy]'."
+            )
+
+
 def run(grid: Grid, settings: Settings) -> None:
     """Run one method from its settings to ``results.json``."""
     folder = RunFolder(settings, resolve(settings))
@@ -142,14 +163,24 @@ def run(grid: Grid, settings: Settings) -> None:
 
 
 def _inner_strategy(settings: Settings) -> Strategy:
-    """Build the strategy of the rounds; see :func:`strategies.inner.build_inner`."""
-    num_clients, training = settings.run.num_clients, settings.training
-    return build_inner(
+    """Build the strategy of the rounds; see :func:`strategies.inner.build_inner` and :func:`with_noise`."""
+    num_clients, training, privacy = settings.run.num_clients, settings.training, settings.privacy
+    num_drawn = math.ceil(training.fraction_train * num_clients)
+    inner = build_inner(
         training.strategy,
         training.strategy_options,
-        num_selected=min(math.ceil(training.fraction_train * num_clients), settings.policy.min_clients or num_clients),
+        num_selected=min(num_drawn, settings.policy.min_clients or num_clients),
         weighting=training.weighting,
         evaluate_on_clients=settings.own_folders,
+    )
+    if privacy.client_dp == "off":
+        return inner
+    return with_noise(
+        inner,
+        privacy.client_dp,
+        noise_multiplier=privacy.client_dp_noise,
+        clipping_norm=privacy.client_dp_clip,
+        num_selected=num_drawn,
     )
 
 
@@ -229,7 +260,7 @@ class Session:
 
     def _first_arrays(self) -> ArrayRecord:
         if self.rounds:
-            return self.folder.load_arrays(len(self.rounds))
+            return in_model_order(self.settings, self.class_names, self.folder.load_arrays(len(self.rounds)))
         # The classes may be known only after the prompt round; the server's phase then makes the first weights.
         return initial_arrays(self.settings, self.class_names) if self.class_names else ArrayRecord()
 
@@ -238,7 +269,8 @@ class Session:
             "num_clients": self.settings.run.num_clients,
             "class_names": self.class_names,
             "fraction_train": self.settings.training.fraction_train,
-            "seed": self.settings.run.seed,
+            # Privacy by sampling holds only while nobody can know who was drawn.
+            "seed": self.settings.run.seed if self.settings.privacy.client_dp == "off" else None,
             "parameters": parameter_names(self.settings, self.class_names or ("", "")),
             "connect_timeout_s": self.settings.policy.connect_timeout_s,
             "min_clients": self.settings.policy.min_clients,
@@ -388,11 +420,23 @@ class Session:
                 "clients": len(sizes),
                 **({"refused": refused} if refused else {}),
                 **strategy.update_metrics.get(number, {}),
+                **self._accounted(strategy, number),
             }
             self._finish_round(number, phase, arrays, measured, sent, strategy.memory())
             return MetricRecord({key: cast(float, measured[key]) for key in ("accuracy", "loss")})
 
         return evaluate
+
+    def _accounted(self, strategy: CheckedRounds, number: int) -> dict[str, Any]:
+        """Return what the accountant must know of a round; see :mod:`fgl_app.reporting.guarantees`."""
+        if number not in strategy.draws:
+            return {}
+        privacy, row = self.settings.privacy, dict[str, Any]()
+        if privacy.client_dp != "off":
+            row["drawn"] = list(strategy.draws[number])
+        if privacy.example_dp_noise:
+            row["num_examples"] = strategy.num_examples[number]
+        return row
 
     def _measured(self, number: int, validation: Evaluation, test: Evaluation) -> dict[str, Any]:
         """Return the measures of a round on the common held-out images, and keep its confusion matrix."""

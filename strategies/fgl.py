@@ -40,7 +40,7 @@ class FGL(CheckedRounds):
             client is asked.
         on_prompts: Called with the merged prompts before and after images are drawn from them.
         fraction_train: Share of the clients that train in a round.
-        seed: Seed of their draw.
+        seed: Seed of their draw; None for a secret one.
         parameters: Names of the arrays that are trained.
         connect_timeout_s: Seconds to wait for the clients.
         min_clients: Quorum of connected clients and usable replies; see :class:`CheckedRounds`.
@@ -62,7 +62,7 @@ class FGL(CheckedRounds):
         prompts: MergedPrompts | None = None,
         on_prompts: Callable[[MergedPrompts, PromptRound], None] = lambda merged, exchange: None,
         fraction_train: float = 1.0,
-        seed: int = 0,
+        seed: int | None = 0,
         parameters: Collection[str] | None = None,
         connect_timeout_s: float = 120.0,
         min_clients: int = 0,

@@ -16,8 +16,19 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fgl_app.errors import RoundError
-from fgl_app.records import ARRAYS, CLASS_NAMES, EQUAL_WEIGHT, PLACE_MESSAGE, place_of, reply_order, serialized_bytes
+from fgl_app.records import (
+    ARRAYS,
+    CLASS_NAMES,
+    EQUAL_WEIGHT,
+    METRICS,
+    NUM_EXAMPLES,
+    PLACE_MESSAGE,
+    place_of,
+    reply_order,
+    serialized_bytes,
+)
 from fgl_app.rng import numpy_generator
+from strategies.differential_privacy import adds_noise, calibrate, norm_memory, reports_clipping, restore_norm
 from strategies.refusals import Refusals, error_sentence
 from strategies.screening import evaluation_fault, update_fault
 from strategies.server_optimizers import (
@@ -53,7 +64,7 @@ class CheckedRounds(Strategy):
         num_clients: int,
         class_names: Sequence[str] = (),
         fraction_train: float = 1.0,
-        seed: int = 0,
+        seed: int | None = 0,
         parameters: Collection[str] | None = None,
         connect_timeout_s: float = 120.0,
         min_clients: int = 0,
@@ -68,7 +79,7 @@ class CheckedRounds(Strategy):
             class_names: The label space, sent with every message to clients that hold folders of their own.
             fraction_train: Share of the clients, rounded up, that train in a round; the inner strategy's own share
                 must be 1 and its least number of nodes at most as many.
-            seed: Seed of their draw.
+            seed: Seed of their draw; None for a secret one, which differential privacy counts on.
             parameters: Names of the arrays that are trained, which alone count in the diversity of updates and reach a
                 server optimizer; None for all. BatchNorm's statistics are none.
             connect_timeout_s: Seconds to wait for them; Flower's own strategies would wait for ever.
@@ -100,7 +111,11 @@ class CheckedRounds(Strategy):
         self.client_metrics: dict[int, MetricRecord] = {}
         """What the inner strategy made of the clients' evaluation metrics, by round."""
         self.update_metrics: dict[int, dict[str, float]] = {}
-        """Diversity and drift of the clients' updates, by round."""
+        """Diversity and drift of the clients' updates, by round; empty where noise is to hide the updates."""
+        self.draws: dict[int, tuple[int, int]] = {}
+        """Clients that were asked to train in a round, and of how many they were drawn, by round."""
+        self.num_examples: dict[int, dict[str, int]] = {}
+        """Training images of each client whose update was used, by round and client."""
         self.refusals: dict[int, Refusals] = {}
         """What clients sent in a round and was not used, by round."""
         self._dtypes: dict[str, str] = {}
@@ -119,8 +134,11 @@ class CheckedRounds(Strategy):
         config = self._with_label_space(config)
         begin_from_sent_arrays(self.inner)
         nodes = self.wait_for_clients(grid)
+        self.draws[number] = len(nodes), len(nodes)
         if self._fraction_train < 1:
-            grid = cast(Grid, _SomeNodes(grid, self._draw_clients(grid, nodes, number)))
+            drawn, population = self._draw_clients(grid, nodes, number)
+            self.draws[number] = len(drawn), population
+            grid = cast(Grid, _SomeNodes(grid, drawn))
         if self._splits_statistics:
             assert self._parameters is not None
             messages = list(self.inner.configure_train(number, only(arrays, self._parameters), config, grid))
@@ -142,26 +160,42 @@ class CheckedRounds(Strategy):
         number = self.rounds_done + server_round
         sent = self._sent
         assert sent is not None
+        norm_bit, private = reports_clipping(self.inner), adds_noise(self.inner)
         ordered = self.usable_replies(
-            number, "train", replies, lambda reply: update_fault(reply, sent, self._max_update_norm)
+            number,
+            "train",
+            replies,
+            lambda reply: update_fault(reply, sent, self._max_update_norm, norm_bit=norm_bit, must_move=private),
         )
         self.model_bytes[number] = [serialized_bytes(reply) for reply in ordered]
         contents = [reply.content for reply in ordered]
-        for content in contents:  # the weight of the unweighted mean is not the client's to choose
+        for content in contents:
+            arrays = content.array_records[ARRAYS]  # Flower's clipping goes by places, not by names
+            content[ARRAYS] = ArrayRecord({name: arrays[name] for name in sent})
+            # The weight of the unweighted mean is not the client's to choose.
             for metrics_record in content.metric_records.values():
                 metrics_record[EQUAL_WEIGHT] = 1
         updates = [content.array_records[ARRAYS] for content in contents]
-        self.update_metrics[number] = update_metrics(sent, updates, self._parameters)
+        self.num_examples[number] = {
+            str(self.refusals[number].name_of(reply.metadata.src_node_id)): cast(
+                int, reply.content.metric_records[METRICS][NUM_EXAMPLES]
+            )
+            for reply in ordered
+        }
+        if adds_noise(self.inner):  # what is measured on the updates themselves would tell of them
+            calibrate(self.inner, len(ordered))
+        else:
+            self.update_metrics[number] = update_metrics(sent, updates, self._parameters)
         statistics = split_statistics(contents, self._parameters or ()) if self._splits_statistics else []
-        arrays, metrics = self.inner.aggregate_train(number, ordered)
-        if arrays is None or len(arrays) == 0:
+        new, metrics = self.inner.aggregate_train(number, ordered)
+        if new is None or len(new) == 0:
             raise RoundError(f"Training round {number} must give new weights, but the strategy aggregated none.")
         if statistics:
             assert isinstance(self.inner, FedAvg)
-            arrays = join_statistics(arrays, statistics, self.inner.weighted_by_key, list(self._dtypes))
+            new = join_statistics(new, statistics, self.inner.weighted_by_key, list(self._dtypes))
         if metrics is not None:
             self.train_metrics[number] = metrics
-        return restore_integers(arrays, self._dtypes), metrics
+        return restore_integers(new, self._dtypes), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -190,11 +224,12 @@ class CheckedRounds(Strategy):
 
     def memory(self) -> dict[str, torch.Tensor]:
         """Return what the inner strategy remembers between rounds."""
-        return memory_of(self.inner)
+        return memory_of(self.inner) | norm_memory(self.inner)
 
     def restore(self, memory: Mapping[str, torch.Tensor]) -> None:
         """Give the inner strategy what it remembered after the last finished round of an earlier start."""
         restore_memory(self.inner, memory)
+        restore_norm(self.inner, memory)
 
     def summary(self) -> None:
         """Log the inner strategy."""
@@ -231,8 +266,12 @@ class CheckedRounds(Strategy):
         """Add the class names here and not to the configuration of ``start()``, which Flower logs."""
         return ConfigRecord({**config, CLASS_NAMES: list(self.class_names)}) if self.class_names else config
 
-    def _draw_clients(self, grid: Grid, nodes: Sequence[int], number: int) -> list[int]:
-        """Draw the clients of a round by their place, which, unlike Flower's node ids, is the same in every run."""
+    def _draw_clients(self, grid: Grid, nodes: Sequence[int], number: int) -> tuple[list[int], int]:
+        """Draw the clients of a round by their place, which, unlike Flower's node ids, is the same in every run.
+
+        Returns:
+            Their nodes, and the number of clients that they were drawn from.
+        """
         unknown = [node for node in nodes if node not in self._places]
         if unknown:
             questions = [Message(RecordDict(), message_type=PLACE_MESSAGE, dst_node_id=node) for node in unknown]
@@ -247,8 +286,12 @@ class CheckedRounds(Strategy):
                 f"Round {number} needs {count} clients that said their place, but only {len(ordered)} of {len(nodes)} "
                 "did. Look into the others' logs, or lower `fraction-train`."
             )
-        drawn = numpy_generator(self._seed, "participation", number).permutation(len(ordered))[:count]
-        return [ordered[index] for index in sorted(drawn.tolist())]
+        if self._seed is None:
+            generator = np.random.default_rng()
+        else:
+            generator = numpy_generator(self._seed, "participation", number)
+        drawn = generator.permutation(len(ordered))[:count]
+        return [ordered[index] for index in sorted(drawn.tolist())], len(ordered)
 
     def usable_replies(
         self, number: int, exchange: str, replies: Iterable[Message], fault_of: Callable[[Message], str | None]

@@ -8,28 +8,42 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from fgl_app.records import ARRAYS, METRICS, NUM_EXAMPLES, evaluation_metrics, training_metrics
+from fgl_app.records import ARRAYS, METRICS, NORM_BIT, NUM_EXAMPLES, evaluation_metrics, training_metrics
 from fgl_app.training import Evaluation
 
 MAX_EXAMPLES = 10_000_000
 """Most images that a client may say it has."""
 _NPY_HEADER_BYTES = 4096
 """More than the header of any array in NumPy's format takes."""
+_NO_MOVE = 1e-30
+"""Squared norm of an update below which its norm in float32 may be 0."""
 _NO_EVALUATION = Evaluation(0.0, 0.0, 0, torch.zeros(0))
 
 
-def update_fault(reply: Message, sent: ArrayRecord, max_update_norm: float = 0.0) -> str | None:
+def update_fault(
+    reply: Message,
+    sent: ArrayRecord,
+    max_update_norm: float = 0.0,
+    *,
+    norm_bit: bool = False,
+    must_move: bool = False,
+) -> str | None:
     """Say what is wrong with a client's trained weights w_i.
 
     Args:
         reply: The client's answer to ``train``.
         sent: The weights w that it was sent; names, shapes and dtypes must be theirs.
         max_update_norm: Largest ||w_i - w||_2 over all floating-point arrays; 0 for any.
+        norm_bit: Whether the client has to say if it clipped its update.
+        must_move: Whether w_i must differ from w; Flower's clipping on the server divides by the norm.
 
     Returns:
         The reason why it cannot be used, or None. It quotes nothing that the client sent.
     """
-    fault = _metrics_fault(reply.content, training_metrics(1, 0.0))
+    expected_metrics = training_metrics(1, 0.0)
+    if norm_bit:
+        expected_metrics[NORM_BIT] = 0
+    fault = _metrics_fault(reply.content, expected_metrics)
     if fault is not None:
         return fault
     arrays = reply.content.get(ARRAYS)
@@ -46,6 +60,8 @@ def update_fault(reply: Message, sent: ArrayRecord, max_update_norm: float = 0.0
             square += float(np.square(found.astype(np.float64) - expected).sum())
     if max_update_norm and math.sqrt(square) > max_update_norm:
         return "an update whose norm is above `max-update-norm`"
+    if must_move and square < _NO_MOVE:
+        return "weights that have not changed"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The figures of a comparison: accuracy against rounds, bytes, seconds or a condition, and bars; PNG and SVG."""
+"""The figures of a comparison: accuracy against rounds, bytes, seconds, conditions or epsilon, and bars; PNG, SVG."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator
 
-from fgl_app.experiments import Experiment, Figure, Results, accuracies, mean_and_sd, seconds_of
+from fgl_app.experiments import Experiment, Figure, Results, accuracies, epsilon_of, mean_and_sd, seconds_of
 from fgl_app.reporting.figures import COLOURS, HATCHES, LINES, MARKERS, to_png, to_svg
 
 _X_LABELS = {
     "by-round": "round",
     "by-upload": "uploaded by all clients together, MB",
     "by-seconds": "time since the start, s",
+    "by-epsilon": "ε",
 }
+_OF_ALL_COLUMNS = ("by-column", "by-epsilon")
+"""Kinds whose curves have one point for each column."""
+_LOGARITHMIC = ("by-upload", "by-epsilon")
 
 
 def draw(experiment: Experiment, results: Results) -> dict[str, bytes]:
@@ -54,29 +59,33 @@ def _bars(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
 
 def _curves(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
     panels: Sequence[Sequence[str]] = (
-        [list(figure.columns)] if figure.kind == "by-column" else [[column] for column in figure.columns]
+        [list(figure.columns)] if figure.kind in _OF_ALL_COLUMNS else [[column] for column in figure.columns]
     )
     canvas = Canvas(figsize=(0.8 + 3.6 * len(panels), 3.4), layout="constrained")
     axes = canvas.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, columns in zip(axes, panels, strict=True):
         for number, row in enumerate(figure.rows):
-            if figure.kind == "by-column":
-                points = _column_points(experiment, results, row, columns)
+            if figure.kind in _OF_ALL_COLUMNS:
+                points = _column_points(experiment, results, row, columns, figure)
             else:
                 points = _round_points(experiment, results, row, columns[0], figure.kind)
             if not len(points):
                 continue
             colour, line, marker = (styles[number % len(styles)] for styles in (COLOURS, LINES, MARKERS))
             x, mean, sd = points.T
-            if figure.kind == "by-upload" and not x.any():  # no place on a logarithmic axis: a level to compare with
+            if figure.kind in _LOGARITHMIC and not x.any():  # no place on a logarithmic axis: a level to compare with
                 axis.axhline(mean[-1], linestyle=line, color=colour, linewidth=1, label=row)
                 continue
             # A single point, such as the one-shot model, would hide among the curves that begin in it.
             shape = {"markersize": 9, "markerfacecolor": "none", "zorder": 5} if len(x) == 1 else {"markersize": 4}
             axis.plot(x, mean, line, color=colour, marker=marker, markevery=max(1, len(x) // 12), label=row, **shape)
             axis.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-            if figure.kind == "by-upload":
+            if figure.kind in _LOGARITHMIC:
                 axis.set_xscale("log")
+            if figure.kind == "by-epsilon":
+                axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter("")
         axis.set_xlabel(figure.x_label or _X_LABELS.get(figure.kind, ""))
         if len(panels) > 1:
             axis.set_title(columns[0], fontsize=10)
@@ -87,13 +96,21 @@ def _curves(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
     return canvas
 
 
-def _column_points(experiment: Experiment, results: Results, row: str, columns: Sequence[str]) -> np.ndarray[Any, Any]:
+def _column_points(
+    experiment: Experiment, results: Results, row: str, columns: Sequence[str], figure: Figure
+) -> np.ndarray[Any, Any]:
+    """Return x, mean and standard deviation over the seeds in each column; x is 0 for a run without epsilon."""
     points = []
     for column in columns:
         values = accuracies(experiment, results, row, column)
-        if values:
-            mean, sd = mean_and_sd(values)
-            points.append((float(column.replace(",", "")), 100 * mean, 100 * sd))
+        if not values:
+            continue
+        mean, sd = mean_and_sd(values)
+        if figure.kind == "by-epsilon":
+            x = epsilon_of(experiment, results, row, column, figure.part) or 0.0
+        else:
+            x = float(column.replace(",", ""))
+        points.append((x, 100 * mean, 100 * sd))
     return np.array(sorted(points))
 
 

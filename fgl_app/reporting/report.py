@@ -12,6 +12,7 @@ from fgl_app.files import write_atomically
 from fgl_app.reporting import figures
 from fgl_app.reporting.audit_section import audit_sections
 from fgl_app.reporting.finished_run import FinishedRun, class_counts, held_out_images, read_run, synthetic_images
+from fgl_app.reporting.guarantees import privacy_sections
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
 from fgl_app.reporting.run_folder import forgotten_set
 
@@ -91,6 +92,7 @@ def build_page(run: FinishedRun) -> Page:
             _prompts(run),
             *audit_sections(run.path, run.class_names),
             *_failures(run),
+            *privacy_sections(results.get("privacy")),
             _costs(run),
             _configuration(run),
         ],

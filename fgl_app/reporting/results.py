@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fgl_app.reporting.guarantees import privacy_statement
 from fgl_app.settings import Settings
 from fgl_app.synthesis.launch import SynthesisReport
 
@@ -60,14 +61,7 @@ def summarize(
         "prompt_round": None
         if prompt_round is None
         else {key: value for key, value in prompt_round.items() if key != "upload"},
-        "privacy": None
-        if not settings.prompts.embedding_epsilon or settings.prompts.prompt_level != "embedding"
-        else {
-            "mechanism": "Gaussian, on embeddings",
-            "epsilon": settings.prompts.embedding_epsilon,
-            "delta": settings.prompts.embedding_delta,
-            "protects": "the content of one image's prompt; not its class, nor the number of prompts",
-        },
+        "privacy": privacy_statement(settings, rounds),
         "synthesis": None
         if synthesis is None
         else {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -31,7 +33,7 @@ class Processes:
         self._logs.append(self.log_of(name).open("ab"))
         self.running[name] = subprocess.Popen(
             [str(word) for word in command], env=self._environment | environment, cwd=self._folder,
-            stdin=subprocess.DEVNULL, stdout=self._logs[-1], stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, stdout=self._logs[-1], stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         return self.running[name]
 
@@ -62,7 +64,8 @@ class Processes:
             for child in self.below(name, ""):  # also those that a test has stopped
                 with contextlib.suppress(psutil.Error):
                     child.kill()
-            self.running[name].terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.running[name].pid, signal.SIGTERM)
         for process in self.running.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)

@@ -31,7 +31,7 @@ def documented(file: Path, word: str) -> list[str]:
     return shlex.split(line.removeprefix("sudo "))
 
 
-def do(command: list[str], timeout: float = 900, expect: int | None = 0, **environment: str) -> str:
+def do(command: list[str], timeout: float = 2400, expect: int | None = 0, **environment: str) -> str:
     done = subprocess.run(
         command, cwd=APP_FOLDER, env=os.environ | environment, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False,
@@ -42,11 +42,14 @@ def do(command: list[str], timeout: float = 900, expect: int | None = 0, **envir
 
 @pytest.fixture(scope="module")
 def base_image() -> str:
+    """Build the base image by its script, unless BASE_IMAGE names one."""
     for tool in ("docker", "debootstrap"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
     if os.geteuid() != 0 or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode != 0:
         pytest.skip("needs root and a running Docker Engine")
+    if given := os.environ.get("BASE_IMAGE"):
+        return given
     script, _ = documented(APP_FOLDER / "docker" / "debian_base.sh", "fgl-base")
     do([str(APP_FOLDER / script), BASE_IMAGE])
     return BASE_IMAGE
@@ -73,6 +76,10 @@ def job(expect: int = 0, **environment: str) -> str:
     return do(compose() + words, expect=expect, **environment)
 
 
+def units(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "synthetic").rglob("*.safetensors")}
+
+
 def visitor(demo: Path, script: str) -> str:
     """Run a script in a client's container on the sites' network, with site0's copy of the CA's certificate."""
     return do(
@@ -82,16 +89,41 @@ def visitor(demo: Path, script: str) -> str:
     )  # fmt: skip
 
 
-def test_the_demo_ends_with_results_in_the_mounted_folder(demo):
-    output = job()
+@pytest.fixture(scope="module")
+def first_run(demo) -> str:
+    """Do the documented run, and return what it said."""
+    return job()
 
-    assert "finished:completed" in output
+
+def test_the_demo_ends_with_results_in_the_mounted_folder(demo, first_run):
+    assert "finished:completed" in first_run
     found = results(demo / "runs" / "demo")
     assert [(row["round"], row["phase"], row["clients"]) for row in found["rounds"]] == [
         (1, "one-shot", 0),
         (2, "federated", 3),
     ]
     assert (demo / "runs" / "demo" / "prompts.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_cluster_of_ray_draws_the_same_images(demo, first_run, tmp_path):
+    drawn = units(demo / "runs" / "demo")
+    run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    shutil.copy(demo / "runs" / "demo" / "plan.json", run)
+    for path in (tmp_path / "runs", run, run / "plan.json"):
+        os.chown(path, 1000, 1000)
+    own = {"COMPOSE_PROJECT_NAME": f"{PROJECT}ray", "FGL_DEMO": str(tmp_path)}
+    up = documented(APP_FOLDER / "docker" / "compose.ray.yaml", "--scale ray-worker=2")[2:]
+    files = up[: up.index("up")]
+    try:
+        do([*compose(), *up, "superlink", "ray-worker"], **own)
+        words = ["exec", "-T", "superlink", "fgl", "synthesize", "/runs/demo/plan.json", "--workers", "2"]
+        output = do([*compose(), *files, *words, "--ray-address", "ray-head:6379"], **own)
+    finally:
+        do([*compose(), *files, "down", "--volumes"], expect=None, **own)
+
+    assert f"{10 * 64} images drawn" in output
+    assert units(run) == drawn
 
 
 def test_a_run_that_failed_makes_the_job_fail(demo):

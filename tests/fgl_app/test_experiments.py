@@ -8,7 +8,7 @@ from PIL import Image
 from fgl_app.comparison import compare, write_tables
 from fgl_app.config import APP_FOLDER
 from fgl_app.errors import ConfigError
-from fgl_app.experiments import accuracies, load_experiment, mean_and_sd
+from fgl_app.experiments import accuracies, epsilon_of, load_experiment, mean_and_sd
 
 EXPERIMENT = {
     "title": "Two methods",
@@ -51,6 +51,7 @@ def result(seed, *round_accuracies):
     return {
         "seed": seed, "rounds": rounds, "final_accuracy": round_accuracies[-1], "paper_metric": max(round_accuracies),
         "selected_accuracy": round_accuracies[0], "one_shot_accuracy": None, "synthesis": None,
+        "privacy": None,
         "upload_bytes": {"total": 1_000_000 * len(rounds)},
     }  # fmt: skip
 
@@ -242,3 +243,52 @@ def test_accuracies_per_domain_have_a_table_with_micro_and_macro(write, tmp_path
 
     assert "|  | photo | sketch | micro | macro |" in table
     assert "| FedAvg, IID | 90.0 ± 0.0 | 50.0 ± 0.0 | 80.0 ± 0.0 | 70.0 ± 0.0 |" in table
+
+
+def private_result(seed, accuracy, *mechanisms):
+    stated = [{"part": part, "unit": unit, "epsilon": epsilon} for part, unit, epsilon in mechanisms]
+    return result(seed, accuracy) | {"privacy": {"mechanisms": stated} if stated else None}
+
+
+EPSILON_FIGURE = {"name": "epsilon", "kind": "by-epsilon", "part": "rounds", "title": "Accuracy against ε"}
+
+
+def test_accuracy_against_epsilon_has_a_logarithmic_axis_and_levels_to_compare_with(write, tmp_path):
+    columns = {"much": {"example-dp-noise": 4.0}, "little": {"example-dp-noise": 0.5}}
+    rows = {
+        "DP-SGD": {"method": "fedavg"},
+        "FedAvg": {"method": "fedavg", "example-dp-noise": 0.0, "every-column": False},
+    }
+    experiment = load_experiment(write(columns=columns, rows=rows, figures=[EPSILON_FIGURE], orderings=[]))
+    prompts = ("prompts", "one image", 8.0)
+    results = {
+        ("DP-SGD", "much"): [
+            private_result(seed, 0.5, prompts, ("rounds", "one image", 2.0 + seed)) for seed in (0, 2)
+        ],
+        ("DP-SGD", "little"): [private_result(0, 0.8, ("rounds", "one client", 9.0), ("rounds", "one image", 300.0))],
+        ("FedAvg", "much"): [private_result(0, 0.9), private_result(1, 0.9)],
+    }
+
+    assert epsilon_of(experiment, results, "DP-SGD", "much", "rounds") == 3.0  # the mean of 2 and 4
+    assert epsilon_of(experiment, results, "DP-SGD", "much", "prompts") == 8.0
+    assert epsilon_of(experiment, results, "DP-SGD", "little", "rounds") == 300.0
+    assert epsilon_of(experiment, results, "FedAvg", "little", "rounds") is None
+    assert epsilon_of(experiment, {}, "FedAvg", "much", "rounds") is None
+    table = write_tables(experiment, results, tmp_path / "out").read_text("utf-8")
+    assert "## ε of the rounds" in table
+    assert "| DP-SGD | 3.00 | 300.00 |" in table
+    drawn = (tmp_path / "out" / "epsilon.svg").read_text("utf-8")
+    assert "DP-SGD" in drawn
+    assert "FedAvg" in drawn
+
+
+@pytest.mark.parametrize(
+    ("figure", "named"),
+    [
+        ({**EPSILON_FIGURE, "part": "weights"}, "must be prompts or rounds, but is 'weights'"),
+        (EPSILON_FIGURE, "must show last rounds only"),
+    ],
+)
+def test_a_figure_of_epsilon_says_whose_epsilon_it_is(write, figure, named):
+    with pytest.raises(ConfigError, match=named):
+        load_experiment(write(figures=[figure]))

@@ -245,3 +245,13 @@ def test_lines_differ_without_colour():
 
 def test_a_page_escapes_its_own_title():
     assert "<h1>a &lt;b&gt;</h1>" in render(Page("a <b>", "", [], []))
+
+
+def test_the_page_states_epsilon_of_the_rounds_and_what_has_no_bound(make_fedavg, make_run):
+    rounds = {"example-dp-noise": 1.0, "prompt-level": "embedding", "embedding-clip": 5.0, "embedding-epsilon": 8.0}
+
+    private = write_report(make_run(**rounds, **{"run-name": "private"})).read_text()
+
+    assert "nothing hides it in the model of every round" in private  # the made-up rounds say nothing of DP-SGD
+    assert "<td>8.00</td>" in private
+    assert "<h2>Privacy</h2>" not in write_report(make_fedavg()).read_text()

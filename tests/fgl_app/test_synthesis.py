@@ -335,33 +335,57 @@ def test_an_unreachable_cluster_is_one_sentence(tmp_path):
         work(plan_of(PromptBudget(0, "zero", 1)), tmp_path, num_workers=1, ray_address="127.0.0.1:1")
 
 
+SERVER = """
+import sys
+from pathlib import Path
+from fgl_app.synthesis.launch import synthesize
+from fgl_app.synthesis.plan import Plan
+
+folder = Path(sys.argv[1])
+synthesize(Plan.load(folder / "plan.json"), folder / "killed", folder, lambda line: None)
+"""
+"""What the ServerApp does while images are drawn: it starts the worker and waits for it."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 64) for label in range(10)), num_inference_steps=4)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    work(plan, folder)
+    return plan, store_of(plan, folder).content_hash(ids_of(plan))
+
+
 @pytest.mark.e2e
 @pytest.mark.nightly
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("victim", ["worker", "actor", "server"])
 @pytest.mark.parametrize("trial", range(20))
-def test_a_kill_at_any_moment_changes_nothing_and_costs_no_committed_image(tmp_path, trial, workers):
-    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 64) for label in range(10)), num_inference_steps=4)
+def test_a_kill_at_any_moment_changes_nothing_and_costs_no_committed_image(tmp_path, undisturbed, trial, victim):
+    plan, expected = undisturbed
     plan.save(tmp_path / "plan.json")
     wanted, store = ids_of(plan), store_of(plan, tmp_path / "killed")
-    work(plan, tmp_path / "undisturbed")
     command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(store.folder)]
-    command += ["--workers", str(workers)]
+    if victim == "server":
+        command = [sys.executable, "-c", SERVER, str(tmp_path)]
+    elif victim == "actor":
+        command += ["--workers", "2"]
     moment = random.Random(trial).uniform(0, 640)
 
     with subprocess.Popen(command, cwd=APP_FOLDER, stderr=subprocess.DEVNULL) as process:
         while store.index().holds(wanted).sum() < moment - UNIT_SIZE and process.poll() is None:
             time.sleep(0.01)
         time.sleep(random.Random(trial).uniform(0, 0.5))
-        if workers:  # an actor dies, and the driver goes on
-            family = psutil.Process(process.pid).children(recursive=True)
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        if victim == "actor":  # the driver goes on without it
             actors = [child for child in family if "SynthesisActor" in " ".join(child.cmdline())]
             random.Random(trial).choice(actors).kill() if actors else None
         else:
             process.kill()
+    _, alive = psutil.wait_procs(family, timeout=30)  # the worker of a killed server ends by itself
+    assert not alive, [child.cmdline() for child in alive]
     committed = {file.name: file.stat().st_mtime_ns for file in store.units_folder.glob("*.json")}
     subprocess.run(command, cwd=APP_FOLDER, stderr=subprocess.DEVNULL, check=True)
 
-    assert store.content_hash(wanted) == store_of(plan, tmp_path / "undisturbed").content_hash(wanted)
+    assert store.content_hash(wanted) == expected
     held = [json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")]
     assert sum(held) == 640
     assert all((store.units_folder / name).stat().st_mtime_ns == then for name, then in committed.items())

@@ -1,0 +1,104 @@
+"""Local training by DP-SGD, which protects each single image of the client: by Opacus, with secret randomness."""
+
+from __future__ import annotations
+
+import secrets
+
+import torch
+import torch.nn.functional as F
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from clients.local_training import WEIGHT_DECAY
+from fgl_app.data.images import ImageSet
+from fgl_app.errors import ConfigError
+from fgl_app.privacy.accounting import poisson_schedule
+from fgl_app.training import MOMENTUM, augment, normalize
+
+_IMAGES_AT_A_TIME = 32
+"""Each has gradients of its own in memory, as large as the model; a step adds up as many such parts as it needs."""
+
+
+def train_privately(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    local_epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    augmentation: str,
+    proximal_mu: float = 0.0,
+    noise_multiplier: float,
+    clipping_norm: float,
+    generator: torch.Generator,
+    device: torch.device,
+) -> None:
+    """Run DP-SGD (Abadi et al. 2016, Algorithm 1) in the place of :func:`clients.local_training.train_locally`.
+
+    Each step draws each image by itself with rate q, scales each gradient g_i to a norm of at most C, and moves the
+    weights by momentum SGD along (sum_i g_i + N(0, (z C)^2)) / (q n), where z is ``noise_multiplier``, C is
+    ``clipping_norm`` and n the number of images; :func:`fgl_app.privacy.accounting.poisson_schedule` gives q and the
+    number of steps. Weight decay and FedProx's term are added behind the noise, because they do not depend on images.
+    No loss is returned: it would tell of the images without noise.
+
+    Args:
+        model: From float ``[N, 3, S, S]`` to logits ``[N, K]``, without BatchNorm; trained in place.
+        data: At least one image.
+        local_epochs: Epochs, of ceil(n / ``batch_size``) steps each.
+        batch_size: Expected images of a step, q n.
+        learning_rate: Step size.
+        augmentation: ``none``, ``crop`` or ``crop-flip``.
+        proximal_mu: Weight of FedProx's term; see :func:`clients.local_training.train_locally`.
+        noise_multiplier: z >= 0; 0 clips only and protects nothing.
+        clipping_norm: C > 0.
+        generator: CPU generator of the crops and of dropout. The draw of images and the noise have none: who knew their
+            seed could take them off again.
+        device: Where to train.
+
+    Raises:
+        ConfigError: If Opacus has no gradients of single images for the model.
+    """
+    try:
+        wrapped = GradSampleModule(model.to(device).train(), loss_reduction="mean", strict=True)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"`model` must be one that Opacus can train where `example-dp-noise` is set, but is not: "
+            f"{' '.join(str(error).split())[:200]}. Use model=cnn."
+        ) from None
+    rate, steps = poisson_schedule(len(data), batch_size, local_epochs)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY),
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=clipping_norm,
+        expected_batch_size=rate * len(data),  # a divisor, which need not be whole
+        generator=torch.Generator(device).manual_seed(secrets.randbits(63)),
+    )
+    anchor = [weight.detach().clone() for weight in model.parameters()]
+
+    def pull_back(step: DPOptimizer) -> None:
+        for weight, first in zip(model.parameters(), anchor, strict=True):
+            assert weight.grad is not None
+            weight.grad.add_(weight.detach() - first, alpha=proximal_mu)
+
+    optimizer.attach_step_hook(pull_back)
+    draw = torch.Generator().manual_seed(secrets.randbits(63))
+    with torch.random.fork_rng(devices=[]):
+        torch.random.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        for _ in range(steps):
+            drawn = torch.nonzero(torch.rand(len(data), generator=draw) < rate).flatten()
+            parts = drawn.split(_IMAGES_AT_A_TIME)
+            for number, rows in enumerate(parts, 1):
+                optimizer.zero_grad(set_to_none=True)
+                if len(rows):
+                    pixels = augment(normalize(data.images[rows].to(device)), augmentation, generator)
+                    # Opacus 1.6 gives wrong gradients of convolutions, without a word, for channels-last images; its
+                    # hooks on the first layer want images with a gradient.
+                    pixels = pixels.contiguous().requires_grad_()
+                    F.cross_entropy(wrapped(pixels), data.labels[rows].to(device)).backward()
+                else:  # nobody was drawn: a step of noise alone
+                    for weight in model.parameters():
+                        weight.grad_sample = torch.zeros(0, *weight.shape, device=device)  # type: ignore[attr-defined]
+                optimizer.signal_skip_step(do_skip=number < len(parts))
+                optimizer.step()
+    wrapped.to_standard_module().to("cpu")
