@@ -42,8 +42,7 @@ def privacy_statement(settings: Settings, rounds: Sequence[Mapping[str, Any]]) -
     mechanisms = [*_of_prompts(settings), *_of_rounds(settings, rounds)]
     if not mechanisms:
         return None
-    prompted = settings.synthesizes and not settings.prompts_from_server
-    parts = ["prompts"] * prompted + ["rounds"] * any(row["phase"] == "federated" for row in rounds)
+    parts = ["prompts"] * _prompted(settings) + ["rounds"] * any(row["phase"] == "federated" for row in rounds)
     units = [unit for unit in _UNITS if any(item["unit"] == unit for item in mechanisms)]
     return {"mechanisms": mechanisms, "total": [_total(unit, parts, mechanisms) for unit in units]}
 
@@ -68,16 +67,36 @@ def privacy_sections(statement: Mapping[str, Any] | None) -> list[Section]:
 
 
 def _of_prompts(settings: Settings) -> list[dict[str, Any]]:
-    prompts = settings.prompts
-    asked = settings.synthesizes and not settings.prompts_from_server and prompts.prompt_level == "embedding"
-    if not asked or not prompts.embedding_epsilon:
+    if not _prompted(settings):
         return []
-    return [
-        _mechanism(
-            "prompts", _IMAGE, "Gaussian, on embeddings", prompts.embedding_epsilon, prompts.embedding_delta,
-            "the content of one image's prompt; not its class, nor the number of prompts",
-        )
-    ]  # fmt: skip
+    prompts, privacy = settings.prompts, settings.privacy
+    mechanisms = []
+    if prompts.prompt_level == "embedding" and prompts.embedding_epsilon:
+        mechanisms.append(
+            _mechanism(
+                "prompts", _IMAGE, "Gaussian, on embeddings", prompts.embedding_epsilon, prompts.embedding_delta,
+                "the content of one image's prompt; not its class, nor the number of prompts",
+            )
+        )  # fmt: skip
+    if privacy.prompt_counts == "noised":
+        mechanisms.append(
+            _mechanism(
+                "prompts", _IMAGE, "stability-based histogram of prompts", privacy.counts_epsilon, privacy.counts_delta,
+                "one image's prompt, its class and that it was counted",
+            )
+        )  # fmt: skip
+    if privacy.classes_epsilon:
+        name, hidden = "randomized response for each class", "which classes a client says it holds"
+        whole = privacy.classes_epsilon * len(settings.card.classes)
+        mechanisms += [
+            _mechanism("prompts", _IMAGE, name, privacy.classes_epsilon, 0.0, f"what one image changes in {hidden}"),
+            _mechanism("prompts", _CLIENT, name, whole, 0.0, f"{hidden}, all classes together"),
+        ]
+    return mechanisms
+
+
+def _prompted(settings: Settings) -> bool:
+    return settings.synthesizes and not settings.prompts_from_server
 
 
 def _of_rounds(settings: Settings, rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -103,3 +103,21 @@ def test_prompts_and_rounds_add_up_and_what_nothing_hides_has_no_total(run_confi
     assert prompts_only["total"][0]["epsilon"] is None
     assert "the model of every round" in prompts_only["total"][0]["sentence"]
     assert rounds_only["total"][0]["epsilon"] is None  # class-level prompts say which classes a client holds
+
+
+def test_randomized_classes_and_noisy_rounds_bound_what_a_run_tells_of_a_client(run_config):
+    found = statement(
+        run_config, [{"phase": "one-shot"}, FEDERATED], prompt_counts="withheld", classes_epsilon=0.5,
+        weighting="uniform", client_dp="fixed",
+    )  # fmt: skip
+
+    total = {item["unit"]: item["epsilon"] for item in found["total"]}
+    # Ten answers of 0.5 each, and one round.
+    assert total["one client"] == pytest.approx(10 * 0.5 + clients_epsilon(1.0, [(3, 3)], 1e-5), abs=1e-3)
+    assert total["one image"] is None  # one client's noise hides an image only together with all others
+
+
+def test_noised_counts_hide_one_image_in_the_prompts(run_config):
+    found = statement(run_config, [{"phase": "one-shot"}], prompt_counts="noised", counts_epsilon=2.0)
+
+    assert [(item["unit"], item["epsilon"], item["delta"]) for item in found["total"]] == [("one image", 2.0, 1e-5)]
