@@ -107,7 +107,7 @@ def test_hidden_classes_and_counts(train_rounds):
 
 def test_private_rounds_state_their_epsilon_and_a_resumed_run_counts_those_of_the_earlier_start(train_rounds):
     private = {
-        "method": "fedavg", "weighting": "uniform", "client_dp": "adaptive", "example_dp_noise": 2.0,
+        "method": "fedavg", "weighting": "uniform", "client_dp": "client-adaptive", "example_dp_noise": 2.0,
         "batch_size": 16,
     }  # fmt: skip
 
