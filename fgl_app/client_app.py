@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from logging import ERROR, INFO
@@ -118,9 +119,7 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
     if settings.prompts.prompt_level == "embedding":
         upload = _embedded(written, settings, data)
     log(INFO, "client %s sends %s distinct prompts", data.partition_id, len(upload.prompts))
-    # How many images there are is the owner's to keep where counts are not exact.
-    num_examples = len(data.train) if settings.privacy.prompt_counts == "exact" else 1
-    return prompts_reply(upload, num_examples, data.partition_id, data.num_unreadable)
+    return prompts_reply(upload, _told(len(data.train), settings), data.partition_id, data.num_unreadable)
 
 
 def train(message: Message, settings: Settings, context: Context) -> RecordDict:
@@ -152,7 +151,7 @@ def train(message: Message, settings: Settings, context: Context) -> RecordDict:
     return RecordDict(
         {
             ARRAYS: to_arrays(model),
-            METRICS: training_metrics(len(data.train), loss or 0.0),
+            METRICS: training_metrics(_told(len(data.train), settings), loss or 0.0),
             CLIENT: client_record(data.partition_id),
         }
     )
@@ -165,8 +164,16 @@ def evaluate(message: Message, settings: Settings, context: Context) -> RecordDi
     model = _received_model(message, settings, data.class_names)
     if len(held_out.test) == 0:
         raise DataError("A client that evaluates must hold at least 3 images of some class; one in five is held out.")
-    validation, test = evaluate_held_out(model, held_out, pick_device(settings.run.device))
+    validation, test = (
+        dataclasses.replace(found, num_examples=_told(found.num_examples, settings))
+        for found in evaluate_held_out(model, held_out, pick_device(settings.run.device))
+    )
     return RecordDict({METRICS: evaluation_metrics(validation, test), CLIENT: client_record(data.partition_id)})
+
+
+def _told(num_images: int, settings: Settings) -> int:
+    """Return the number of images that the server is told: how many there are is the owner's to keep if counts are."""
+    return num_images if settings.privacy.prompt_counts == "exact" else min(1, num_images)
 
 
 def _data(message: Message, settings: Settings, context: Context) -> ClientData:

@@ -303,6 +303,20 @@ def _check_defences(settings: Settings) -> None:
         raise ConfigError(
             "`prompt-counts` noised needs `num-prompts-per-class` 1, so that one image stands behind one prompt."
         )
+    if privacy.prompt_counts != "exact" and settings.training.weighting != "uniform":
+        raise ConfigError(
+            f"`weighting` must be uniform where `prompt-counts` is {privacy.prompt_counts}, because the weights of the "
+            'mean are the numbers that it hides. Use "uniform".'
+        )
+    for key, is_set in (
+        ("embedding-epsilon", prompts.embedding_epsilon),
+        ("example-dp-noise", privacy.example_dp_noise),
+    ):
+        if privacy.prompt_counts != "exact" and is_set:
+            raise ConfigError(
+                f"`prompt-counts` must be exact where `{key}` is set, because its epsilon is computed from them, but is "
+                f"{privacy.prompt_counts}."
+            )
     if privacy.min_clients_per_prompt > settings.run.num_clients:
         raise ConfigError(
             f"`min-clients-per-prompt` must be at most `num-clients`, which is {settings.run.num_clients}, but is "

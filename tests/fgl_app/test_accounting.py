@@ -118,6 +118,8 @@ def test_randomized_classes_and_noisy_rounds_bound_what_a_run_tells_of_a_client(
 
 
 def test_noised_counts_hide_one_image_in_the_prompts(run_config):
-    found = statement(run_config, [{"phase": "one-shot"}], prompt_counts="noised", counts_epsilon=2.0)
+    found = statement(
+        run_config, [{"phase": "one-shot"}], prompt_counts="noised", counts_epsilon=2.0, weighting="uniform"
+    )
 
     assert [(item["unit"], item["epsilon"], item["delta"]) for item in found["total"]] == [("one image", 2.0, 1e-5)]

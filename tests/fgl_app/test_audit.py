@@ -156,7 +156,7 @@ def test_embeddings_are_read_back_and_their_words_audited(train_run):
 
 
 def test_noised_counts_and_random_classes_are_not_called_exact(make_run):
-    defended = {"prompt-counts": "withheld", "classes-epsilon": 1.0, "run-name": "defended"}
+    defended = {"prompt-counts": "withheld", "classes-epsilon": 1.0, "weighting": "uniform", "run-name": "defended"}
     exact, hidden = audit(make_run()), audit(make_run(**defended))
 
     assert "Their counts say which classes are held (10 of 10) and exactly how many images of each" in exact

@@ -134,3 +134,25 @@ def test_profiles_are_sets_of_settings_that_are_overridden_one_by_one():
 def test_synthesis_settings_that_make_no_sense_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         parse_run_config(default_run_config() | overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"scrub": "on"}, "`prompt-level` must be instance"),
+        ({"max-caption-words": 5, "prompt-level": "instance", "method": "fedavg"}, "acts on captions"),
+        ({"caption-vocabulary": "words.txt", "prompt-level": "instance"}, "absolute path on the clients"),
+        ({"classes-epsilon": 1.0}, "`prompt-counts` withheld"),
+        ({"prompt-counts": "noised"}, "`weighting` must be uniform"),
+        ({"prompt-counts": "noised", "weighting": "uniform", "num-prompts-per-class": 2}, "`num-prompts-per-class` 1"),
+        ({"prompt-counts": "withheld", "weighting": "uniform", "example-dp-noise": 1.0}, "`example-dp-noise` is set"),
+        ({"min-clients-per-prompt": 9}, "at most `num-clients`"),
+        ({"min-clients-per-prompt": 2, "prompt-level": "embedding"}, "compares texts"),
+        ({"min-clients": 9}, "`min-clients` must be at most `num-clients`"),
+        ({"max-client-share": 1.5}, "`max-client-share` must be a share"),
+        ({"counts-delta": 0.0}, "`counts-delta` must lie between 0 and 1"),
+    ],
+)
+def test_defences_that_would_protect_nothing_are_refused(run_config, overrides, reason):
+    with pytest.raises(ConfigError, match=reason):
+        parse_run_config(run_config | overrides)

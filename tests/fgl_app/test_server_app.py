@@ -94,7 +94,13 @@ def test_rare_captions_become_their_classes_prompt(train_rounds):
 def test_hidden_classes_and_counts(train_rounds):
     held = train_rounds("open", 1, partition="pathological", classes_per_client=1)
     hidden = train_rounds(
-        "hidden", 1, partition="pathological", classes_per_client=1, prompt_counts="withheld", classes_epsilon=0.1
+        "hidden",
+        1,
+        partition="pathological",
+        classes_per_client=1,
+        prompt_counts="withheld",
+        classes_epsilon=0.1,
+        weighting="uniform",
     )
 
     truth, told = (
