@@ -309,13 +309,13 @@ def _check_defences(settings: Settings) -> None:
             'mean are the numbers that it hides. Use "uniform".'
         )
     for key, is_set in (
-        ("embedding-epsilon", prompts.embedding_epsilon),
-        ("example-dp-noise", privacy.example_dp_noise),
+        ("embedding-epsilon", prompts.embedding_epsilon > 0),
+        ("example-dp-noise", privacy.example_dp_noise > 0),
     ):
         if privacy.prompt_counts != "exact" and is_set:
             raise ConfigError(
-                f"`prompt-counts` must be exact where `{key}` is set, because its epsilon is computed from them, but is "
-                f"{privacy.prompt_counts}."
+                f"`prompt-counts` must be exact where `{key}` is set, because its epsilon is computed from them, but "
+                f"is {privacy.prompt_counts}."
             )
     if privacy.min_clients_per_prompt > settings.run.num_clients:
         raise ConfigError(
