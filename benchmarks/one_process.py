@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,16 +27,31 @@ class OneProcess:
         self._run_config = run_config
         self._num_clients = num_clients
         self._num_partitions = num_partitions or num_clients
+        self._numbers = itertools.count()
+        self._open: dict[str, Message] = {}
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes."""
         return list(range(self._num_clients))
 
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Take messages, and name them as a SuperLink does."""
+        names = []
+        for message in messages:
+            names.append(f"message-{next(self._numbers)}")
+            message.metadata.__dict__["_message_id"] = names[-1]
+            self._open[names[-1]] = message
+        return names
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Return the replies to messages."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Call the ClientApp for each message."""
         replies = []
-        for message in messages:
-            received = message_from_proto(message_to_proto(message))
+        for message_id in message_ids:
+            received = message_from_proto(message_to_proto(self._open.pop(message_id)))
             node = received.metadata.dst_node_id
             place = {"partition-id": node % self._num_partitions, "num-partitions": self._num_partitions}
             context = Context(1, node, place, RecordDict(), self._run_config)

@@ -18,9 +18,10 @@ from benchmarks.common import finish, parser
 from benchmarks.one_process import OneProcess, identify_process
 from benchmarks.plans import plan_of
 from fgl_app.config import default_run_config, parse_run_config
+from fgl_app.prompts import PromptLimits
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.worker import missing_units, work
-from strategies.fgl import FGL
+from strategies.prompt_round import PromptRound
 
 NUM_CLASSES = 10
 """Of the digits, whose card the plans follow."""
@@ -67,18 +68,20 @@ def prompt_round(num_clients: int) -> dict[str, float]:
     """Ask clients for class-level prompts and merge them; above 100 clients several hold the same images."""
     run_config = default_run_config() | {"num-clients": num_clients, "partition": "iid", "min-samples-per-client": 0}
     settings = parse_run_config(run_config)
-    strategy = FGL(
-        class_names=settings.card.class_names(),
-        num_clients=num_clients,
-        synthesize=_unused,
-        pretrain=_unused,
-    )
+    policy = settings.policy
     grid = cast(Grid, OneProcess(run_config, num_clients, min(num_clients, 100)))
-    return measure(lambda: strategy.collect_prompts(grid, timeout=3600.0))
+    exchange = PromptRound(
+        grid,
+        PromptLimits(policy.max_prompts_per_client, policy.max_prompt_chars),
+        class_names=settings.card.class_names(),
+    )
 
+    def ask_and_merge() -> None:
+        exchange.ask(grid.get_node_ids())
+        exchange.wait()
+        exchange.merged()
 
-def _unused(*_: object) -> Any:
-    raise AssertionError("the prompt round neither draws nor trains")
+    return measure(ask_and_merge)
 
 
 def workers(num_images: int, num_workers: int) -> dict[str, float]:
