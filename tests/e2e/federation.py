@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from fgl_app.cards import load_card
 from fgl_app.config import APP_FOLDER
 from fgl_app.data.division import divide
 from fgl_app.data.readers import open_part
+
+_TAKEN_AFTER_S = 4.0
 
 DEFAULTS = {key: value for key, _, value in (word.partition("=") for word in FAST)} | {"dataset": "folder"}
 
@@ -93,11 +96,15 @@ class Federation:
         return self.status(run_id)
 
     def client_process(self, site: int) -> psutil.Process:
-        """Wait until a site's ClientApp works on a message, and return its process."""
+        """Wait until a site's ClientApp works on a message, and return its process.
+
+        A process that has just started has not taken its message yet: if it dies, another takes its place.
+        """
         found: list[psutil.Process] = []
 
         def works() -> bool:
-            found[:] = self.processes.below(f"site{site}", "flwr-clientapp")
+            running = self.processes.below(f"site{site}", "flwr-clientapp")
+            found[:] = [process for process in running if time.time() - process.create_time() > _TAKEN_AFTER_S]
             return bool(found)
 
         self.processes.wait_until(works, 120, f"site {site} must work on a message")
