@@ -20,7 +20,7 @@ from fgl_app.config import APP_FOLDER
 from fgl_app.data.division import divide
 from fgl_app.data.readers import open_part
 
-_TAKEN_AFTER_S = 4.0
+_TAKEN_AFTER_S = 6.0
 
 DEFAULTS = {key: value for key, _, value in (word.partition("=") for word in FAST)} | {"dataset": "folder"}
 
@@ -95,20 +95,20 @@ class Federation:
         self.processes.wait_until(lambda: self.status(run_id).startswith("finished"), seconds, "the run must end", 3.0)
         return self.status(run_id)
 
-    def client_process(self, site: int) -> psutil.Process:
-        """Wait until a site's ClientApp works on a message, and return its process.
+    def client_process(self, site: int, number: int) -> psutil.Process:
+        """Wait until a site's ClientApp works on its message of this number, counted from 1, and return its process.
 
         A process that has just started has not taken its message yet: if it dies, another takes its place.
         """
-        found: list[psutil.Process] = []
-
-        def works() -> bool:
-            running = self.processes.below(f"site{site}", "flwr-clientapp")
-            found[:] = [process for process in running if time.time() - process.create_time() > _TAKEN_AFTER_S]
-            return bool(found)
-
-        self.processes.wait_until(works, 120, f"site {site} must work on a message")
-        return found[0]
+        log = self.processes.log_of(f"site{site}")
+        self.processes.wait_until(
+            lambda: log.read_text("utf-8", "replace").count("Start `flwr-clientapp` process") >= number,
+            300, f"site {site} must receive its message {number}",
+        )  # fmt: skip
+        time.sleep(_TAKEN_AFTER_S)
+        running = self.processes.below(f"site{site}", "flwr-clientapp")
+        assert running, f"site {site} was done with its message {number} already"
+        return max(running, key=lambda process: process.create_time())
 
     def _flwr(self, *words: object) -> str:
         done = subprocess.run(

@@ -47,13 +47,14 @@ def test_clients_that_fail_in_captioning_and_in_training_are_left_out(federation
 def test_a_client_killed_in_any_phase_is_left_out_of_it(federation: Federation):
     for site in range(3):
         federation.start_supernode(site, 3)
-    run_id = federation.submit(num_clients=3, num_server_rounds=2, min_clients=2)
+    run_id = federation.submit(
+        num_clients=3, class_names="zero,one", prompt_level="instance", num_server_rounds=2, min_clients=2,
+        local_epochs=200,
+    )  # fmt: skip
 
-    federation.client_process(1).kill()  # writes prompts
-    federation.wait_for_round(1)
-    federation.client_process(2).kill()  # trains
-    federation.wait_for(run_id, "configure_evaluate")
-    federation.client_process(0).kill()  # evaluates
+    federation.client_process(1, 1).kill()  # writes prompts
+    federation.client_process(2, 3).kill()  # trains, after prompts and the evaluation of the one-shot model
+    federation.client_process(0, 4).kill()  # evaluates
 
     assert federation.wait_for_the_end(run_id) == "finished:completed"
     run = results(federation.folder / "digits")
@@ -67,12 +68,12 @@ def test_a_late_client_is_merged_and_a_slow_one_left_out(federation: Federation)
     federation.start_supernode(0, 2)
     run_id = federation.submit(
         num_clients=2, num_server_rounds=2, min_clients=1, connect_timeout_s=15.0, round_deadline_s=25.0,
-        class_names="zero,one", images_per_class=640, num_inference_steps=40,
+        class_names="zero,one", images_per_class=640, num_inference_steps=40, local_epochs=200,
     )  # fmt: skip
     federation.wait_for(run_id, "going on without the others")
     federation.start_supernode(1, 2)  # connects while images are drawn
     federation.wait_for_round(1)
-    slow = federation.client_process(1)
+    slow = federation.client_process(1, 3)
     slow.suspend()
     try:
         assert federation.wait_for_the_end(run_id) == "finished:completed"
