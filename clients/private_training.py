@@ -97,7 +97,7 @@ def train_privately(
                     pixels = pixels.contiguous().requires_grad_()
                     F.cross_entropy(wrapped(pixels), data.labels[rows].to(device)).backward()
                 else:  # nobody was drawn: a step of noise alone
-                    for weight in model.parameters():
+                    for weight in model.parameters():  # Opacus keeps its gradients there, beside torch's own
                         weight.grad_sample = torch.zeros(0, *weight.shape, device=device)  # type: ignore[attr-defined]
                 optimizer.signal_skip_step(do_skip=number < len(parts))
                 optimizer.step()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,16 +15,14 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy
 from sklearn.metrics import confusion_matrix
 
-from fgl_app import tiny
+from fgl_app.checks import check_settings, inner_strategy
 from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
-from fgl_app.data.sources import client_rows, load_held_out, load_split
-from fgl_app.errors import ConfigError, FGLError, RoundError, RunFolderError
-from fgl_app.foundation_models import check_model_source, text_width
-from fgl_app.models import check_all_trained, check_model
+from fgl_app.data.sources import load_held_out, load_split
+from fgl_app.errors import FGLError, RoundError, RunFolderError
+from fgl_app.foundation_models import text_width
 from fgl_app.phases import (
     Stopwatch,
     draw_plan,
@@ -46,10 +43,8 @@ from fgl_app.settings import Settings
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.launch import SynthesisReport
 from fgl_app.synthesis.plan import Plan
-from fgl_app.training import Evaluation, accuracy_by_domain, check_device
+from fgl_app.training import Evaluation, accuracy_by_domain
 from strategies import FGL, CheckedRounds
-from strategies.differential_privacy import with_noise
-from strategies.inner import build_inner
 from strategies.prompt_round import PromptRound
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -76,75 +71,6 @@ def main(grid: Grid, context: Context) -> None:
         raise failure from error
 
 
-def check_settings(settings: Settings) -> Settings:
-    """Check what the settings name outside themselves, before anything is computed.
-
-    Raises:
-        ConfigError: If the device is absent, the classifier is unknown or cannot take the images, the initial weights
-            do not fit, the strategy does not exist, or a foundation model of the hub cannot be found.
-        DataError: If the data set cannot be read or divided over the clients.
-    """
-    check_device(settings.run.device)
-    names = settings.card.class_names() or ("", "")  # of a union of the clients' classes only the number will differ
-    check_model(settings.training.model, len(names), settings.data.image_size)
-    _check_private_rounds(settings, len(names))
-    if settings.training.initial_weights != "random":
-        initial_arrays(settings, names)
-    read_blocked_words(settings.policy.blocked_words)
-    open_trackers(settings, None)
-    prompts, synthesis = settings.prompts, settings.synthesis
-    if settings.synthesizes:
-        check_model_source(
-            "generator", synthesis.generator, synthesis.generator_revision, "model_index.json", tiny.DIFFUSION
-        )
-        for key, value, revision, marker in (
-            ("lora", synthesis.lora, "", "pytorch_lora_weights.safetensors"),
-            ("decoder", synthesis.decoder, "", "config.json"),
-            ("filter", synthesis.filter, synthesis.filter_revision, "config.json"),
-        ):
-            if value:
-                check_model_source(key, value, revision, marker)
-        if prompts.prompt_level == "embedding":
-            text_width(synthesis.generator, synthesis.generator_revision)
-        # A folder with a captioner lies on the clients, which check it themselves.
-        asked = not settings.prompts_from_server and prompts.prompt_level != "class"
-        if asked and not prompts.captioner.startswith(("/", "~")):
-            check_model_source(
-                "captioner", prompts.captioner, prompts.captioner_revision, "config.json", tiny.CAPTIONER
-            )
-        if prompts.embedding_epsilon and importlib.util.find_spec("dp_accounting") is None:
-            raise ConfigError(
-                "`embedding-epsilon` needs the package dp-accounting on every client, and it is not installed here. "
-                "Install the extra: pip install 'federated-generative-learning[privacy]'."
-            )
-        if settings.prompts_from_server and prompts.prompt_writer != "templates":
-            check_model_source("prompt-writer", prompts.prompt_writer, prompts.prompt_writer_revision, "config.json")
-    if not settings.own_folders:
-        load_held_out(settings.card, settings.data)
-        if settings.run.method != "centralized":
-            client_rows(settings.card, settings.data, settings.run.num_clients, settings.run.seed)
-    _inner_strategy(settings)  # the last, because Flower's strategies log what they were told
-    return settings
-
-
-def _check_private_rounds(settings: Settings, num_classes: int) -> None:
-    """Check that the model and the installation can do the differential privacy that the rounds are to have."""
-    privacy = settings.privacy
-    for key, asked, packages in (
-        ("client-dp", privacy.client_dp != "off", ("dp_accounting",)),
-        ("example-dp-noise", privacy.example_dp_noise > 0, ("dp_accounting", "opacus")),
-    ):
-        if not asked:
-            continue
-        check_all_trained(settings.training.model, num_classes, settings.data.image_size, key)
-        missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ConfigError(
-                f"`{key}` needs the package {missing[0].replace('_', '-')} on the server and on every client, and it "
-                "is not installed here. Install the extra: pip install 'federated-generative-learning[privacy]'."
-            )
-
-
 def run(grid: Grid, settings: Settings) -> None:
     """Run one method from its settings to ``results.json``."""
     folder = RunFolder(settings, resolve(settings))
@@ -160,28 +86,6 @@ def run(grid: Grid, settings: Settings) -> None:
         for tracker in session.trackers:
             tracker.close()
     log(INFO, "final accuracy %.4f; results: %s", session.rounds[-1]["accuracy"], path)
-
-
-def _inner_strategy(settings: Settings) -> Strategy:
-    """Build the strategy of the rounds; see :func:`strategies.inner.build_inner` and :func:`with_noise`."""
-    num_clients, training, privacy = settings.run.num_clients, settings.training, settings.privacy
-    num_drawn = math.ceil(training.fraction_train * num_clients)
-    inner = build_inner(
-        training.strategy,
-        training.strategy_options,
-        num_selected=min(num_drawn, settings.policy.min_clients or num_clients),
-        weighting=training.weighting,
-        evaluate_on_clients=settings.own_folders,
-    )
-    if privacy.client_dp == "off":
-        return inner
-    return with_noise(
-        inner,
-        privacy.client_dp,
-        noise_multiplier=privacy.client_dp_noise,
-        clipping_norm=privacy.client_dp_clip,
-        num_selected=num_drawn,
-    )
 
 
 @dataclass
@@ -279,7 +183,7 @@ class Session:
         }
 
     def _checked(self, done: int) -> CheckedRounds:
-        return CheckedRounds(_inner_strategy(self.settings), **self._common(done))
+        return CheckedRounds(inner_strategy(self.settings), **self._common(done))
 
     def _fgl(self, done: int) -> FGL:
         merged = None
@@ -292,7 +196,7 @@ class Session:
                 merged = write_server_prompts(self.settings)
             self.folder.save_prompts(merged, None)
         return FGL(
-            _inner_strategy(self.settings),
+            inner_strategy(self.settings),
             prompt_round=self._ask_for_prompts,
             synthesize=self._synthesize,
             pretrain=self._pretrain,

@@ -57,7 +57,7 @@ def simulate(
     """
     chosen = dict(overrides) | {"num-clients": num_clients}
     settings = parse_run_config(default_run_config() | chosen)
-    from fgl_app.server_app import check_settings  # seconds of import, which a misspelt key does not wait for
+    from fgl_app.checks import check_settings  # seconds of import, which a misspelt key does not wait for
 
     check_settings(settings)
     if settings.prompts.prompt_level != "class":  # the clients are on this machine

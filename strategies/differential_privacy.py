@@ -43,6 +43,7 @@ class _NormAfterNoise:
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate and add the noise of this round's norm, then move the norm."""
+        # The class that this one is mixed into, one of Flower's, has it; `object`, its base for mypy, has not.
         found: tuple[ArrayRecord | None, MetricRecord | None] = super().aggregate_train(  # type: ignore[misc]
             server_round, replies
         )

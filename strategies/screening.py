@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ def evaluation_fault(reply: Message) -> str | None:
     fault = _metrics_fault(reply.content, evaluation_metrics(_NO_EVALUATION, _NO_EVALUATION))
     if fault is None:
         record = reply.content.metric_records[METRICS]
-        if not all(0 <= float(record[key]) <= 1 for key in ("accuracy", "validation_accuracy")):  # type: ignore[arg-type]
+        if not all(0 <= cast(float, record[key]) <= 1 for key in ("accuracy", "validation_accuracy")):
             return "an accuracy that is none"
     return fault
 

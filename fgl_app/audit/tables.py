@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections import defaultdict
@@ -14,13 +15,10 @@ from scipy.stats import t as student
 from fgl_app.audit.labels import data_name, model_name
 from fgl_app.privacy.membership import SIGNS
 from fgl_app.reporting.audit_section import interval
+from fgl_app.reporting.run_folder import FREE_KEYS
 
-# What does not change a model, or differs between the runs of one method.
-_IGNORED = {
-    "seed", "run-name", "output-dir", "store-dir", "data-dir", "trackers", "device", "num-server-rounds",
-    "connect-timeout-s", "round-timeout-s", "synthesis-batch-size", "synthesis-workers", "ray-address",
-    "synthesis-wait-s", "captioning-batch-size",
-}  # fmt: skip
+_IGNORED = FREE_KEYS | {"seed", "run-name"}
+"""What does not change a model, or differs between the runs of one method."""
 # What no one-shot model has seen.
 _AFTER_ONE_SHOT = {
     "local-epochs", "learning-rate", "server-finetune-epochs", "weighting", "strategy", "strategy-options",
@@ -96,10 +94,14 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += [
             f"Members found at {100 * float(rate):g} % false alarms, %; guessing finds {100 * float(rate):g} %.",
             "",
-            *_table(groups, lambda found, rate=rate: 100 * float(found["tpr"][rate]["value"]), _measures(groups), 1),  # type: ignore[misc]
+            *_table(groups, functools.partial(_percent_found, rate), _measures(groups), 1),
             "",
         ]
     return lines + _verdicts(groups)
+
+
+def _percent_found(rate: str, found: Mapping[str, Any]) -> float:
+    return 100 * float(found["tpr"][rate]["value"])
 
 
 def _groups(results: Sequence[Mapping[str, Any]]) -> list[_Group]:

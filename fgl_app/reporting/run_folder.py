@@ -23,7 +23,7 @@ from fgl_app.settings import Settings
 from fgl_app.store import Ids, as_ids
 
 # A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
-_FREE_KEYS = {
+FREE_KEYS = {
     "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-batch-size",
     "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "data-dir",
     "min-clients", "connect-timeout-s", "prompt-deadline-s", "round-deadline-s",
@@ -105,7 +105,7 @@ class RunFolder:
                 f"{str(file)!r} must be a run's configuration, but is damaged. Use another `run-name`."
             ) from None
         for key, value in self._settings.flat().items():
-            if key not in _FREE_KEYS and earlier.get(key) != value:
+            if key not in FREE_KEYS and earlier.get(key) != value:
                 raise RunFolderError(
                     f"`run-name` {self.path.name} must be resumed with the settings it began with, but `{key}` was "
                     f"{earlier.get(key)!r} and is {value!r} now. Use another `run-name`."

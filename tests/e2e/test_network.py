@@ -5,8 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,13 +26,6 @@ RUN_CONFIG = (
 )
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: str, processes: Processes) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} within {seconds:g} s\n{processes.output()[-6000:]}"
-        time.sleep(0.5)
-
-
 def start_server(hosts: Network, processes: Processes, folder: Path) -> None:
     keys = folder / "certificates" / "server"
     command = ["flower-superlink", "--host", "0.0.0.0", "--port", "8000", "--database", folder / "state.db"]
@@ -45,9 +36,9 @@ def start_server(hosts: Network, processes: Processes, folder: Path) -> None:
     look = f"import urllib.request as r; r.urlopen('https://{SERVER}:8000/health')"
     ask = hosts.on("server", sys.executable, "-c", look)
     environment = ENVIRONMENT | {"SSL_CERT_FILE": str(keys / "ca.crt")}
-    wait_until(
+    processes.wait_until(
         lambda: subprocess.run(ask, env=environment, capture_output=True, check=False).returncode == 0,
-        60, "the SuperLink must start", processes,
+        60, "the SuperLink must start",
     )  # fmt: skip
 
 
@@ -98,15 +89,15 @@ def test_a_run_outlives_a_cut_cable(tmp_path, flwr):
                 start_site(hosts, processes, tmp_path, number)
             for site in SITES:
                 connected = processes.log_of(site)
-                wait_until(lambda log=connected: "SuperNode ID" in log.read_text(), 60, f"{site} connects", processes)
+                processes.wait_until(lambda log=connected: "SuperNode ID" in log.read_text(), 60, f"{site} connects")
             config = RUN_CONFIG.format(output=tmp_path)
             started = flwr(hosts, "run", APP_FOLDER, "site", "--run-config", config, "--format", "json")
             run_id = json.loads(started)["run-id"]
 
             metrics = tmp_path / "digits" / "metrics.jsonl"
-            wait_until(lambda: metrics.exists() and metrics.read_text(), 300, "round 1 must end", processes)
+            processes.wait_until(lambda: metrics.exists() and metrics.read_text(), 300, "round 1 must end")
             hosts.plug("site2", "down")
-            wait_until((tmp_path / "digits" / "results.json").exists, 240, "the run must end", processes)
+            processes.wait_until((tmp_path / "digits" / "results.json").exists, 240, "the run must end")
             output = flwr(hosts, "log", run_id, "site", "--show") + processes.output()
         finally:
             processes.stop()

@@ -10,12 +10,13 @@ from scipy.stats import t as student
 from typer.testing import CliRunner
 
 from fgl_app.audit.tables import comparison
+from fgl_app.checks import check_settings
 from fgl_app.cli import cli
 from fgl_app.config import parse_run_config
 from fgl_app.errors import ConfigError, RunFolderError
 from fgl_app.privacy.membership import SIGNS
 from fgl_app.reporting.report import write_report
-from fgl_app.server_app import check_settings, run
+from fgl_app.server_app import run
 
 LEAK = "seven, <b>Anna Kowalski</b>, +49 30 1234567, anna.k@example.org"
 OVER_TRAINED = {

@@ -6,10 +6,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import load_file
 
 from fgl_app.cards import load_card
+from fgl_app.checks import check_settings
 from fgl_app.config import parse_run_config
 from fgl_app.phases import initial_arrays
 from fgl_app.reporting.report import write_report
-from fgl_app.server_app import check_settings, run
+from fgl_app.server_app import run
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fgl_app.checks import check_settings
 from fgl_app.config import parse_run_config
 from fgl_app.errors import ConfigError
 from fgl_app.phases import initial_arrays
 from fgl_app.records import training_metrics
-from fgl_app.server_app import check_settings
 from strategies import CheckedRounds
 from strategies.differential_privacy import with_noise
 from strategies.inner import build_inner, strategy_names
