@@ -7,17 +7,45 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from fgl_app.errors import ConfigError
-from fgl_app.privacy.lexicon import Lexicon
+from fgl_app.privacy.lexicon import Lexicon, load_lexicon
 from fgl_app.privacy.prompt_leaks import find_leaks
 from fgl_app.prompts import PromptCount
 
 CaptionFilter = Callable[[str], str]
 _TOKEN = re.compile(r"\w+(?:['’-]\w+)*")
 _BEFORE_MARK = re.compile(r"\s+([,.;:!?])")
+
+
+def caption_filter(
+    public: frozenset[str], *, scrubbing: Literal["off", "on", "strict"], vocabulary_file: str, max_words: int
+) -> CaptionFilter:
+    """Return the defences that each caption goes through, one after the other.
+
+    Args:
+        public: Words in lower case that anybody may know; they always stay.
+        scrubbing: What :func:`scrub` removes.
+        vocabulary_file: File of the words that may leave the client; empty for any.
+        max_words: Words of a caption at most; 0 for any number.
+
+    Raises:
+        ConfigError: If the vocabulary cannot be read, or the extra ``audit``, which scrubbing needs, is missing.
+    """
+    lexicon = load_lexicon() if scrubbing != "off" else None
+    vocabulary = read_vocabulary(vocabulary_file) | public if vocabulary_file else None
+
+    def defend(caption: str) -> str:
+        if lexicon is not None:
+            caption = scrub(caption, lexicon, public, strict=scrubbing == "strict")
+        if vocabulary is not None:
+            caption = allow_words(caption, vocabulary)
+        return cut_words(caption, max_words)
+
+    return defend
 
 
 def scrub(caption: str, lexicon: Lexicon, public: frozenset[str], *, strict: bool) -> str:

@@ -44,28 +44,33 @@ class TextEncoder:
         """Load tokenizer and encoder."""
         path, pinned = locate(generator, revision, tiny.DIFFUSION)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", revision=pinned)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", revision=pinned)
             self._model: Any = CLIPTextModel.from_pretrained(
                 path, subfolder="text_encoder", revision=pinned, dtype=torch.float32, use_safetensors=True
             )
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"`prompt-level` embedding needs a `generator` whose text encoder is CLIP's, as Stable Diffusion 1.x "
-                f"and 2.x have it, but {generator!r} has none ({type(error).__name__})."
+                f"Embeddings need a `generator` at hand whose text encoder is CLIP's, as Stable Diffusion 1.x and 2.x "
+                f"have it, but {generator!r} gives none ({type(error).__name__})."
             ) from None
         self._model.to(device).eval()
         self._device = device
-        self.context_length: int = self._tokenizer.model_max_length
+        self.context_length: int = self.tokenizer.model_max_length
 
     @torch.inference_mode()
+    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return float32 ``[N, T, D]`` of the tokens ``ids``, int64 ``[N, T]``: what the pipeline is conditioned on."""
+        hidden: torch.Tensor = self._model(ids.to(self._device)).last_hidden_state
+        return hidden.float().cpu()
+
     def __call__(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """Return float32 ``[T, D]`` for each text, T its number of tokens, begin and end included."""
         embeddings = []
         for start in range(0, len(texts), 256):
-            tokens = self._tokenizer(
+            tokens = self.tokenizer(
                 list(texts[start : start + 256]), padding="max_length", truncation=True, return_tensors="pt"
             )
-            hidden = self._model(tokens.input_ids.to(self._device)).last_hidden_state.float().cpu()
+            hidden = self.hidden_states(tokens.input_ids)
             # Padding may be the end token itself, so that the attention mask, not the ids, tells the length.
             lengths = tokens.attention_mask.sum(1).tolist()
             embeddings += [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -94,6 +94,11 @@ class Card:
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the K classes in the order of their labels."""
         return tuple(item.name for item in self.classes)
+
+    def prompt_names(self, class_names: Iterable[str]) -> list[str]:
+        """Return how prompts call classes; one that is not on the card is called by its name."""
+        named = {item.name: item.prompt for item in self.classes}
+        return [named.get(name, name) for name in class_names]
 
     def form_of(self, domain: str | None) -> PromptForm:
         """Return the prompt form of a domain, or the card's own."""

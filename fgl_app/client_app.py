@@ -19,12 +19,9 @@ from torch import nn
 from clients.approval import approvals_folder, wait_for_approval
 from clients.defences import (
     CaptionFilter,
-    allow_words,
-    cut_words,
+    caption_filter,
     noise_counts,
     randomize_classes,
-    read_vocabulary,
-    scrub,
     withhold_counts,
 )
 from clients.local_training import evaluate_held_out, train_locally
@@ -33,7 +30,6 @@ from fgl_app.config import parse_run_config
 from fgl_app.data.sources import ClientData, load_client_data
 from fgl_app.errors import DataError, FGLError, PromptError
 from fgl_app.models import build_model, from_arrays, to_arrays
-from fgl_app.privacy.lexicon import load_lexicon
 from fgl_app.privacy.prompt_leaks import public_words
 from fgl_app.prompts import PromptCount, class_prompts
 from fgl_app.records import (
@@ -97,8 +93,7 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
     """Answer ``query.prompts``: distinct prompts of this client's training images, with counts."""
     data = _data(message, settings, context)
     by_caption = settings.prompts.prompt_level != "class"
-    named = {item.name: item.prompt for item in settings.card.classes}
-    called = [named.get(name, name) for name in data.class_names]
+    called = settings.card.prompt_names(data.class_names)
     written = write_prompts(
         data.train,
         called,
@@ -106,7 +101,7 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
         domains=settings.card.domains,
         num_prompts_per_class=settings.prompts.num_prompts_per_class,
         captioner=_captioner(settings, context) if by_caption else None,
-        defend=_caption_filter(settings, called) if by_caption else str,
+        defend=_caption_filter(settings, data.class_names) if by_caption else str,
     )
     written = _with_private_counts(written, settings, called)
     if not written:
@@ -194,21 +189,13 @@ def _received_model(message: Message, settings: Settings, class_names: Sequence[
 
 
 def _caption_filter(settings: Settings, class_names: Sequence[str]) -> CaptionFilter:
-    """Return the defences that captions go through; see :mod:`clients.defences`."""
     privacy = settings.privacy
-    forms = [settings.prompt_form(domain) for domain in settings.card.domains or (None,)]
-    public = public_words([*class_names, *(form.instance_template for form in forms)])
-    lexicon = load_lexicon() if privacy.scrub != "off" else None
-    vocabulary = read_vocabulary(privacy.caption_vocabulary) | public if privacy.caption_vocabulary else None
-
-    def defend(caption: str) -> str:
-        if lexicon is not None:
-            caption = scrub(caption, lexicon, public, strict=privacy.scrub == "strict")
-        if vocabulary is not None:
-            caption = allow_words(caption, vocabulary)
-        return cut_words(caption, privacy.max_caption_words)
-
-    return defend
+    return caption_filter(
+        public_words(settings.public_texts(class_names)),
+        scrubbing=privacy.scrub,
+        vocabulary_file=privacy.caption_vocabulary,
+        max_words=privacy.max_caption_words,
+    )
 
 
 def _with_private_counts(

@@ -142,7 +142,7 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
         ),
         tuple(spread_budget(merged.prompts, chosen.images_per_class, chosen.prompt_budget == "uniform")),
         {name: settings.prompt_form(name or None).negative for name in ("", *settings.card.domains)},
-        tuple(item.prompt for item in settings.card.classes) or merged.class_names,
+        tuple(settings.card.prompt_names(merged.class_names)),
         str(embeddings_file) if merged.embeddings else "",
         str(device),
         CPU_BATCH_SIZE if device.type == "cpu" else chosen.synthesis_batch_size,

@@ -225,9 +225,8 @@ class Session:
         )
 
     def _class_prompt(self, class_name: str, domain: str) -> str:
-        named = {item.name: item.prompt for item in self.settings.card.classes}
         template = self.settings.prompt_form(domain or None).class_templates[0]
-        return fill(template, named.get(class_name, class_name))
+        return fill(template, *self.settings.card.prompt_names([class_name]))
 
     def _keep_prompts(self, merged: MergedPrompts, exchange: PromptRound) -> None:
         self.stopwatch.seconds.setdefault("prompts", time.monotonic() - self._round_started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -314,6 +315,13 @@ class Settings:
         if self.synthesis.negative_prompt != "card":
             form = dataclasses.replace(form, negative=self.synthesis.negative_prompt)
         return form
+
+    def public_texts(self, class_names: Iterable[str]) -> list[str]:
+        """Return what anybody may know of the run's prompts: the names of its classes and domains, the templates."""
+        names = list(class_names)
+        forms = [self.prompt_form(domain) for domain in (None, *self.card.domains)]
+        templates = [text for form in forms for text in (*form.class_templates, form.instance_template)]
+        return [*names, *self.card.prompt_names(names), *self.card.domains, *templates]
 
 
 SECTIONS = {

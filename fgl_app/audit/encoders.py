@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-from fgl_app import tiny
-from fgl_app.errors import ModelError
-from fgl_app.foundation_models import locate
 from fgl_app.privacy.inversion import CERTAIN_ERROR, Inverter, noise_curve
 from fgl_app.privacy.lexicon import load_lexicon
 from fgl_app.rng import torch_generator
@@ -58,30 +55,14 @@ def invert_embeddings(
     Raises:
         ModelError: If the generator's text encoder is not CLIP's.
     """
-    from transformers import AutoTokenizer, CLIPTextModel  # seconds of import, for audits of embeddings only
+    from clients.embedding import TextEncoder  # seconds of import, for audits of embeddings only
 
-    path, pinned = locate(generator, revision, tiny.DIFFUSION)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", revision=pinned)
-        model: Any = CLIPTextModel.from_pretrained(
-            path, subfolder="text_encoder", revision=pinned, dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"Embeddings can be read back only with the run's `generator` at hand, but {generator!r} cannot be loaded "
-            f"({type(error).__name__})."
-        ) from None
     device = pick_device(device_name)
-    model.to(device).eval()
-
-    @torch.inference_mode()
-    def encode(ids: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = model(ids.to(device)).last_hidden_state
-        return hidden.float().cpu()
-
+    encoder = TextEncoder(generator, revision, device)
+    tokenizer = encoder.tokenizer
     whole = len(tokenizer) <= _WHOLE_VOCABULARY or device.type == "cuda"
     candidates = torch.arange(len(tokenizer)) if whole else _common_tokens(tokenizer)
-    inverter = Inverter(encode, tokenizer.bos_token_id, tokenizer.eos_token_id, candidates)
+    inverter = Inverter(encoder.hidden_states, tokenizer.bos_token_id, tokenizer.eos_token_id, candidates)
 
     def read(embedding: torch.Tensor) -> tuple[str, float]:
         found = inverter(embedding)

@@ -37,7 +37,7 @@ def check_prompts(material: Material) -> Check:
         return Check([f"The {'run has kept' if settings.synthesizes else 'method has'} no prompts."])
     if all(item.clients == 0 for item in run.prompts):
         return Check(["The server wrote the prompts from the class names alone; they say nothing of any client."])
-    public = public_words(_public_texts(settings, run.class_names))
+    public = public_words(settings.public_texts(run.class_names))
     if settings.prompts.prompt_level == "embedding":
         return _check_embeddings(material, public)
     return _described(audit_prompts(run.prompts, load_lexicon(), public), run.class_names, "The clients", settings)
@@ -203,13 +203,3 @@ def _images_per_class(prompts: Sequence[PromptCount]) -> dict[int, int]:
     for item in prompts:
         images[item.label] += item.count
     return dict(images)
-
-
-def _public_texts(settings: Settings, class_names: Sequence[str]) -> list[str]:
-    forms = [settings.prompt_form(name or None) for name in ("", *settings.card.domains)]
-    return [
-        *class_names,
-        *(item.prompt for item in settings.card.classes),
-        *settings.card.domains,
-        *(text for form in forms for text in (*form.class_templates, form.instance_template)),
-    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -11,14 +12,14 @@ from torch import nn
 from clients.local_training import train_locally
 from fgl_app.audit.material import Material, RealImages
 from fgl_app.data.images import ImageSet
-from fgl_app.data.partition import partition_indices
+from fgl_app.data.sources import divided
 from fgl_app.errors import ConfigError
 from fgl_app.models import from_arrays
-from fgl_app.phases import SERVER_WEIGHT_DECAY, initial_arrays
+from fgl_app.phases import initial_arrays, train_on_server
 from fgl_app.privacy.membership import random_halves
 from fgl_app.rng import derive_seed, numpy_generator, torch_generator
 from fgl_app.settings import Settings
-from fgl_app.training import pick_device, train
+from fgl_app.training import pick_device
 
 LEAST_SHADOW_MODELS = 4
 """Every image must be left out by two models at least."""
@@ -58,17 +59,10 @@ def train_shadows(material: Material, pool: ImageSet, number: int) -> tuple[list
     """
     settings = material.settings
     inside = random_halves(len(pool), number, numpy_generator(settings.run.seed, "audit", "halves"))
-    trained = []
-    for index in range(number):
-        half = pool.take(inside[index].nonzero()[0].tolist())
-        seed = derive_seed(settings.run.seed, "audit", "shadow", index)
-        network = _start(material)
-        if settings.run.method == "centralized":
-            _train_centrally(settings, network, half, material.last_round, seed)
-        else:
-            rounds = material.last_round - settings.synthesizes
-            _train_federated(settings, network, half, max(1, rounds), seed)
-        trained.append(network.eval())
+    train_shadow = _train_centrally if settings.run.method == "centralized" else _train_federated
+    trained = [
+        train_shadow(material, pool.take(inside[index].nonzero()[0].tolist()), index).eval() for index in range(number)
+    ]
     return trained, torch.from_numpy(inside)
 
 
@@ -81,32 +75,30 @@ def pool_of(images: RealImages) -> ImageSet:
     return ImageSet(torch.cat([members.images, others.images]), torch.cat([members.labels, others.labels]), domains)
 
 
-def _start(material: Material) -> nn.Module:
-    settings = material.settings
-    network = material.model(1 if settings.synthesizes else material.last_round)
-    if not settings.synthesizes:
-        from_arrays(network, initial_arrays(settings, material.run.class_names))
-    return network
-
-
-def _train_centrally(settings: Settings, network: nn.Module, data: ImageSet, rounds: int, seed: int) -> None:
-    for number in range(1, rounds + 1):
-        train(
-            network,
+def _train_centrally(material: Material, data: ImageSet, index: int) -> nn.Module:
+    settings, class_names = material.settings, material.run.class_names
+    arrays = initial_arrays(settings, class_names)
+    for number in range(1, material.last_round + 1):
+        arrays = train_on_server(
+            settings,
+            class_names,
+            arrays,
             data,
             epochs=settings.training.local_epochs,
-            batch_size=settings.training.batch_size,
-            learning_rate=settings.training.server_learning_rate,
-            weight_decay=SERVER_WEIGHT_DECAY,
-            augmentation=settings.training.augmentation,
-            schedule=settings.training.server_schedule,
-            generator=torch_generator(seed, number),
-            device=pick_device(settings.run.device),
+            scope=("audit", "shadow", index, number),
         )
+    return from_arrays(material.model(material.last_round), arrays)
 
 
-def _train_federated(settings: Settings, network: nn.Module, data: ImageSet, rounds: int, seed: int) -> None:
+def _train_federated(material: Material, data: ImageSet, index: int) -> nn.Module:
+    settings = material.settings
+    seed = derive_seed(settings.run.seed, "audit", "shadow", index)
+    if settings.synthesizes:
+        network = material.model(1)
+    else:
+        network = from_arrays(material.model(material.last_round), initial_arrays(settings, material.run.class_names))
     parts = [data.take(rows) for rows in _partition(settings, data, seed) if rows]
+    rounds = max(1, material.last_round - settings.synthesizes)
     uniform = settings.training.weighting == "uniform"
     for number in range(1, rounds + 1):
         states, weights = [], []
@@ -125,21 +117,15 @@ def _train_federated(settings: Settings, network: nn.Module, data: ImageSet, rou
             states.append(local.state_dict())
             weights.append(1.0 if uniform else float(len(part)))
         network.load_state_dict(_mean(states, weights))
+    return network
 
 
 def _partition(settings: Settings, data: ImageSet, seed: int) -> list[list[int]]:
     chosen = settings.data
-    return partition_indices(
-        data.labels.tolist(),
-        None if data.domains is None else data.domains.tolist(),
-        settings.run.num_clients,
-        "iid" if settings.own_folders else chosen.partition,
-        beta=chosen.dirichlet_beta,
-        classes_per_client=chosen.classes_per_client,
-        shards_per_client=chosen.shards_per_client,
-        min_samples=0 if settings.own_folders else chosen.min_samples_per_client,
-        seed=seed,
-    )
+    if settings.own_folders:
+        chosen = dataclasses.replace(chosen, partition="iid", min_samples_per_client=0)
+    domains = None if data.domains is None else data.domains.tolist()
+    return divided(chosen, data.labels.tolist(), domains, settings.run.num_clients, seed)
 
 
 def _mean(states: Sequence[dict[str, torch.Tensor]], weights: Sequence[float]) -> dict[str, torch.Tensor]:

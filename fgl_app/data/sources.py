@@ -88,9 +88,18 @@ def client_rows(card: Card, settings: DataSettings, num_partitions: int, seed: i
     """Divide the training images over the clients: for each partition id, rows of the source's training part."""
     part = _open(card, "train", settings.data_dir)
     train = _limited(card, part, settings.max_train_images)
-    chosen = partition_indices(
-        [part.labels[row] for row in train],
-        None if part.domains is None else [part.domains[row] for row in train],
+    domains = None if part.domains is None else [part.domains[row] for row in train]
+    chosen = divided(settings, [part.labels[row] for row in train], domains, num_partitions, seed)
+    return [[train[index] for index in indices] for indices in chosen]
+
+
+def divided(
+    settings: DataSettings, labels: Sequence[int], domains: Sequence[int] | None, num_partitions: int, seed: int
+) -> list[list[int]]:
+    """Divide images over clients as the run's settings say; see :func:`fgl_app.data.partition.partition_indices`."""
+    return partition_indices(
+        labels,
+        domains,
         num_partitions,
         settings.partition,
         beta=settings.dirichlet_beta,
@@ -99,7 +108,6 @@ def client_rows(card: Card, settings: DataSettings, num_partitions: int, seed: i
         min_samples=settings.min_samples_per_client,
         seed=seed,
     )
-    return [[train[index] for index in indices] for indices in chosen]
 
 
 @functools.lru_cache(maxsize=2)
