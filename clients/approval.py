@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgl_app.errors import ApprovalError
-from fgl_app.files import cache_folder, canonical_json, sha256, write_json
+from fgl_app.files import cache_folder, canonical_json, sha256, write_atomically, write_json
 from fgl_app.prompts import PromptCount
 
 _POLL_S = 1.0
@@ -27,7 +27,8 @@ def wait_for_approval(
 ) -> None:
     """Write what would be sent into a preview, and wait until its owner approves exactly that.
 
-    What was approved once is not asked for again.
+    What was approved once is not asked for again. The run is then one in which the node takes part; see
+    :func:`check_approved`.
 
     Args:
         prompts: What would be sent.
@@ -52,6 +53,24 @@ def wait_for_approval(
                 f"{str(preview)!r}, then `fgl approve {preview.stem}` on this node."
             )
         time.sleep(_POLL_S)
+    write_atomically(_mark_of_run(run_name, folder), preview.stem.encode(), mode=0o600)
+
+
+def check_approved(run_name: str, folder: Path) -> None:
+    """Check that the owner approved this run's prompts, before anything else is computed for it.
+
+    Raises:
+        ApprovalError: If it has sent none that its owner approved, or the owner has rejected them since.
+    """
+    mark = _mark_of_run(run_name, folder)
+    if not mark.exists() or not (folder / f"{mark.read_text('utf-8')}{_APPROVED}").exists():
+        raise ApprovalError(
+            f"This node takes part only in runs whose prompts its owner approved, but no prompts for {run_name!r} were."
+        )
+
+
+def _mark_of_run(run_name: str, folder: Path) -> Path:
+    return folder / f"{sha256(run_name.encode())[:16]}.run"
 
 
 def pending(folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 from flwr.common.logger import log
 from torch import nn
 
-from clients.approval import approvals_folder, wait_for_approval
+from clients.approval import approvals_folder, check_approved, wait_for_approval
 from clients.defences import (
     CaptionFilter,
     caption_filter,
@@ -106,7 +106,7 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
     written = _with_private_counts(written, settings, called)
     if not written:
         raise PromptError("The defences must leave some prompts to send, but left none. Use a larger epsilon.")
-    if settings.privacy.require_approval or context.node_config.get("require-approval", False):
+    if _needs_approval(settings, context):
         wait_for_approval(
             written, data.class_names, settings.run.run_name, approvals_folder(), settings.policy.prompt_deadline_s
         )
@@ -119,6 +119,7 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
 
 def train(message: Message, settings: Settings, context: Context) -> RecordDict:
     """Answer ``train``: the global model after local SGD, and its loss, which DP-SGD withholds as 0."""
+    _check_approved(settings, context)
     data = _data(message, settings, context)
     model = _received_model(message, settings, data.class_names)
     config = cast(ConfigRecord, message.content[CONFIG])
@@ -154,6 +155,7 @@ def train(message: Message, settings: Settings, context: Context) -> RecordDict:
 
 def evaluate(message: Message, settings: Settings, context: Context) -> RecordDict:
     """Answer ``evaluate``: loss and accuracy of the global model on this client's held-out images."""
+    _check_approved(settings, context)
     data = _data(message, settings, context)
     held_out = data.held_out()
     model = _received_model(message, settings, data.class_names)
@@ -164,6 +166,15 @@ def evaluate(message: Message, settings: Settings, context: Context) -> RecordDi
         for found in evaluate_held_out(model, held_out, pick_device(settings.run.device))
     )
     return RecordDict({METRICS: evaluation_metrics(validation, test), CLIENT: client_record(data.partition_id)})
+
+
+def _needs_approval(settings: Settings, context: Context) -> bool:
+    return settings.privacy.require_approval or bool(context.node_config.get("require-approval", False))
+
+
+def _check_approved(settings: Settings, context: Context) -> None:
+    if _needs_approval(settings, context):
+        check_approved(settings.run.run_name, approvals_folder())
 
 
 def _told(num_images: int, settings: Settings) -> int:

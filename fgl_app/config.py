@@ -69,7 +69,7 @@ _AT_LEAST: dict[str, float] = {
     "guidance-start": 0, "guidance-stop": 0, "deep-cache-interval": 1, "generation-size": 0, "stored-size": 8,
     "synthesis-batch-size": 1, "synthesis-workers": 0, "synthesis-wait-s": 0, "filter-attempts": 0,
     "batch-size": 2, "server-epochs": 1, "server-finetune-epochs": 0, "local-epochs": 1, "min-clients": 0,
-    "max-prompts-per-client": 1, "max-prompt-chars": 1, "max-update-norm": 0,
+    "max-prompts-per-client": 1, "max-prompt-chars": 1, "max-classes": 2, "max-update-norm": 0,
     "max-caption-words": 0, "classes-epsilon": 0, "min-clients-per-prompt": 1, "client-dp-noise": 0,
     "example-dp-noise": 0,
 }  # fmt: skip

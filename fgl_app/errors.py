@@ -45,7 +45,7 @@ class PromptError(FGLError):
 
 
 class ApprovalError(FGLError):
-    """The owner of a client has not approved what it would send."""
+    """The owner of a client has not approved the run's prompts."""
 
     client_code = 105
     client_sentence = "The owner of this client has not approved its prompts."

@@ -33,7 +33,7 @@ CLASS_NAMES = "class-names"
 
 MAX_PAYLOAD_BYTES = 32 * 2**20
 """Largest decompressed payload of one client."""
-MAX_CLASSES, MAX_CLIENTS = 10_000, 1_000_000
+MAX_CLIENTS = 1_000_000
 MAX_TOKENS = 1024
 """Longest embedding, tokens."""
 
@@ -85,18 +85,6 @@ def label_prompts(named: Iterable[NamedPrompt], class_names: Sequence[str]) -> l
     """Turn the class names of screened prompts into labels of the run's label space."""
     labels = {name: label for label, name in enumerate(class_names)}
     return [PromptCount(labels[item.class_name], item.prompt, item.count, item.domain) for item in named]
-
-
-def union_of_classes(uploads: Iterable[Iterable[NamedPrompt]]) -> tuple[str, ...]:
-    """Form the label space as the union of the clients' class names, in alphabetical order.
-
-    Raises:
-        PromptError: If there are fewer than two classes, or absurdly many.
-    """
-    names = tuple(sorted({item.class_name for upload in uploads for item in upload}))
-    if not 2 <= len(names) <= MAX_CLASSES:
-        raise PromptError(f"The clients must hold 2 to {MAX_CLASSES} different classes, but hold {len(names)}.")
-    return names
 
 
 def client_record(partition_id: int) -> ConfigRecord:

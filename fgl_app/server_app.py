@@ -212,7 +212,10 @@ class Session:
         return PromptRound(
             grid,
             PromptLimits(
-                policy.max_prompts_per_client, policy.max_prompt_chars, read_blocked_words(policy.blocked_words)
+                policy.max_prompts_per_client,
+                policy.max_prompt_chars,
+                read_blocked_words(policy.blocked_words),
+                policy.max_classes,
             ),
             class_names=self.class_names,
             domains=self.settings.card.domains,

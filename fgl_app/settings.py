@@ -217,6 +217,9 @@ class PolicySettings:
     """Distinct prompts accepted of one client."""
     max_prompt_chars: int
     """Longest prompt accepted, characters."""
+    max_classes: int
+    """Most classes where the label space is the union of the clients' class names; what would exceed it is refused,
+    of the clients that name most classes first."""
     blocked_words: str
     """Words and phrases, separated by commas, that no prompt may hold, or the absolute path of a file with one per
     line."""
@@ -248,7 +251,8 @@ class PrivacySettings:
     classes_epsilon: float
     """Randomized response on which classes a client holds, epsilon per class; 0 for the truth."""
     require_approval: bool
-    """Whether prompts wait on each client until its owner approves them with ``fgl approve``."""
+    """Whether prompts wait on each client until its owner approves them with ``fgl approve``; without an approval the
+    client takes no part in the rounds either."""
     min_clients_per_prompt: int
     """A caption is used only if so many clients sent it or one that differs in case, digits and punctuation alone;
     otherwise the class's own prompt takes its place."""

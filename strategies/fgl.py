@@ -165,8 +165,8 @@ class FGL(CheckedRounds):
         """Draw the synthetic set; prompts that come before it is finished are merged, and what they add is drawn."""
         images, drawn_for = None, 0
         while images is None or drawn_for < exchange.num_used:
-            drawn_for = exchange.num_used
             found = exchange.merged()
+            drawn_for = exchange.num_used
             self._on_prompts(found, exchange)
             self.class_names = found.class_names
             images = self._synthesize(found, exchange.listen)

@@ -32,7 +32,6 @@ from fgl_app.records import (
     payload_of,
     place_of,
     serialized_bytes,
-    union_of_classes,
 )
 from strategies.refusals import Refusals, error_sentence
 
@@ -140,10 +139,13 @@ class PromptRound:
         return len(self._asked)
 
     def merged(self) -> MergedPrompts:
-        """Merge what has arrived so far (FGL, Section 3.3); the order of the replies does not matter."""
-        uploads = list(self._uploads.values())
-        class_names = self._class_names or union_of_classes(uploads)
-        labelled = [label_prompts(named, class_names) for named in uploads]
+        """Merge what has arrived so far (FGL, Section 3.3); the order of the replies does not matter.
+
+        Raises:
+            PromptError: If the clients together name fewer than two classes.
+        """
+        class_names = self._class_names or self._unite_classes()
+        labelled = [label_prompts(named, class_names) for named in self._uploads.values()]
         limited = limit_shares(labelled, self._max_client_share, self._uniform)
         prompts = merge_prompts(
             require_senders(
@@ -156,6 +158,23 @@ class PromptRound:
         used = {item.prompt for item in prompts}
         embeddings = {name: self._embeddings[name] for name in sorted(used & set(self._embeddings))}
         return MergedPrompts(tuple(prompts), class_names, embeddings)
+
+    def _unite_classes(self) -> tuple[str, ...]:
+        """Form the label space of the clients' class names; refuse uploads with which it would be too large.
+
+        Those that name few classes are united first, so that one client's senseless names cost no other its place.
+        """
+        named = {node: {item.class_name for item in upload} for node, upload in self._uploads.items()}
+        united: set[str] = set()
+        for node in sorted(named, key=lambda node: (len(named[node]), sorted(named[node]), node)):
+            if len(united | named[node]) > self._limits.max_classes:
+                del self._uploads[node]
+                self._refuse(node, "Refused: more classes than `max-classes` together with those of the others.")
+            else:
+                united |= named[node]
+        if len(united) < 2:
+            raise PromptError(f"The clients must hold at least 2 different classes, but hold {len(united)}.")
+        return tuple(sorted(united))
 
     def report(self) -> dict[str, Any]:
         """Say for ``results.json`` who took part; clients are named by their partition id."""

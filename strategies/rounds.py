@@ -106,8 +106,6 @@ class CheckedRounds(Strategy):
         self._asked: dict[str, list[Message]] = {}
         self.model_bytes: dict[int, list[int]] = {}
         """Size of each usable reply to the training messages of a round, as Flower serializes it, by round."""
-        self.train_metrics: dict[int, MetricRecord] = {}
-        """What the inner strategy made of the clients' training metrics, by round."""
         self.client_metrics: dict[int, MetricRecord] = {}
         """What the inner strategy made of the clients' evaluation metrics, by round."""
         self.update_metrics: dict[int, dict[str, float]] = {}
@@ -136,9 +134,10 @@ class CheckedRounds(Strategy):
         nodes = self.wait_for_clients(grid)
         self.draws[number] = len(nodes), len(nodes)
         if self._fraction_train < 1:
-            drawn, population = self._draw_clients(grid, nodes, number)
-            self.draws[number] = len(drawn), population
-            grid = cast(Grid, _SomeNodes(grid, drawn))
+            nodes, population = self._draw_clients(grid, nodes, number)
+            self.draws[number] = len(nodes), population
+        # Flower's sampling would wait without end for a node that has left since.
+        grid = _only_nodes(grid, lambda: nodes)
         if self._splits_statistics:
             assert self._parameters is not None
             messages = list(self.inner.configure_train(number, only(arrays, self._parameters), config, grid))
@@ -193,17 +192,16 @@ class CheckedRounds(Strategy):
         if statistics:
             assert isinstance(self.inner, FedAvg)
             new = join_statistics(new, statistics, self.inner.weighted_by_key, list(self._dtypes))
-        if metrics is not None:
-            self.train_metrics[number] = metrics
         return restore_integers(new, self._dtypes), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy configure the evaluation by clients, if it wants one."""
-        self.wait_for_clients(grid)
         config = self._with_label_space(config)
-        questions = list(self.inner.configure_evaluate(self.rounds_done + server_round, arrays, config, grid))
+        # Nobody is waited for where no client evaluates: the round would be lost for one that has left.
+        waiting = _only_nodes(grid, lambda: self.wait_for_clients(grid))
+        questions = list(self.inner.configure_evaluate(self.rounds_done + server_round, arrays, config, waiting))
         self._asked["evaluate"] = questions
         return questions
 
@@ -336,14 +334,21 @@ class CheckedRounds(Strategy):
         return usable
 
 
-class _SomeNodes:
-    """A grid of which only some nodes are seen."""
+def _only_nodes(grid: Grid, choose: Callable[[], Sequence[int]]) -> Grid:
+    return cast(Grid, _SomeNodes(grid, choose))
 
-    def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
+
+class _SomeNodes:
+    """A grid of which only some nodes are seen: those that ``choose`` returns when they are first asked for."""
+
+    def __init__(self, grid: Grid, choose: Callable[[], Sequence[int]]) -> None:
         self._grid = grid
-        self._nodes = nodes
+        self._choose = choose
+        self._nodes: list[int] | None = None
 
     def get_node_ids(self) -> list[int]:
+        if self._nodes is None:
+            self._nodes = list(self._choose())
         return list(self._nodes)
 
     def __getattr__(self, name: str) -> Any:

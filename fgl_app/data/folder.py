@@ -16,7 +16,8 @@ from fgl_app.errors import DataError
 from fgl_app.rng import numpy_generator
 
 SPLIT_SEED = 0
-"""A node's split never changes, so that no test image is ever trained on, whatever the run's seed."""
+"""A node's split depends on its images alone, so that no test image is ever trained on, whatever the run's seed. It
+holds while the folder stays as it is: an image that is added or removed divides its class anew."""
 
 
 def class_folders(folder: Path) -> list[str]:

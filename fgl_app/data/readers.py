@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import gzip
 import os
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fgl_app.cards import Card
 from fgl_app.errors import DataError
@@ -196,7 +197,8 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    # Pillow's decoders raise any of these for what they do not expect.
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(
             f"Every image must be readable, but {str(path)!r} is not ({type(error).__name__}). Remove or repair it."
         ) from None

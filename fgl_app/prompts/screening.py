@@ -38,6 +38,8 @@ class PromptLimits:
     """Characters of one prompt."""
     blocked_words: tuple[str, ...] = ()
     """Words and phrases that no prompt may hold, whatever their case."""
+    max_classes: int = 1000
+    """Classes of a label space that is formed of the clients' class names."""
 
 
 def screen_prompts(

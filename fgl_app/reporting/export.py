@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 from fgl_app.errors import ConfigError, SynthesisError
-from fgl_app.reporting.finished_run import FinishedRun, store_of
+from fgl_app.reporting.finished_run import FinishedRun, drawn_set
 from fgl_app.store import UnitStore, as_ids
-from fgl_app.synthesis.plan import Plan
 
 Form = Literal["folder", "parquet", "webdataset"]
 _CHUNK = 1024
@@ -42,12 +41,12 @@ def export(run: FinishedRun, form: Form, target: Path) -> int:
         raise ConfigError(f"The target must not exist yet, but {str(target)!r} does. Choose another folder.")
     if not run.synthesizes:
         raise SynthesisError(f"{str(run.path)!r} must be a run that drew images, but its method draws none.")
-    plan = Plan.load(run.path / "plan.json")
+    store, samples = drawn_set(run)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         writers = {"folder": _write_folder, "parquet": _write_parquet, "webdataset": _write_tars}
-        count = writers[form](_images(plan, store_of(run, plan.settings.digest())), run.class_names, staging)
+        count = writers[form](_images(store, iter(samples)), run.class_names, staging)
         staging.chmod(0o755)
         staging.rename(target)
     except BaseException:
@@ -56,11 +55,10 @@ def export(run: FinishedRun, form: Form, target: Path) -> int:
     return count
 
 
-def _images(plan: Plan, store: UnitStore) -> Iterator[tuple[str, int, bytes]]:
+def _images(store: UnitStore, samples: Iterator[tuple[bytes, int]]) -> Iterator[tuple[str, int, bytes]]:
     """Yield identity, label and PNG of every image."""
     index = store.index()
-    samples = plan.samples()
-    while len(part := as_ids(sample.sample_id for sample in islice(samples, _CHUNK))):
+    while len(part := as_ids(sample_id for sample_id, _ in islice(samples, _CHUNK))):
         data = store.read(part, index)
         drawn = part[index.row[index.find(part)] >= 0]
         for sample_id, label, image in zip(drawn.view("V16"), data.labels.tolist(), data.images, strict=True):

@@ -80,10 +80,9 @@ def read_run(path: Path) -> FinishedRun:
     class_names = settings.card.class_names() if settings is not None else ()
     if confusion is not None:
         class_names = tuple(confusion["class_names"])
-    prompts: tuple[PromptCount, ...] = ()
-    if (folder / "prompts.jsonl").exists():
+    if (folder / "prompt_round.json").exists():  # of a run that united the classes of its clients
         class_names = tuple(_read(folder, "prompt_round.json")["class_names"])
-        prompts = tuple(PromptCount(**row) for row in read_json_lines(folder / "prompts.jsonl"))
+    prompts = tuple(PromptCount(**row) for row in read_json_lines(folder / "prompts.jsonl"))
     return FinishedRun(folder, config, results, settings, class_names, confusion, prompts)
 
 
@@ -120,10 +119,19 @@ def class_counts(run: FinishedRun, max_clients: int) -> list[list[int]]:
     return [[of_client[label] for label in range(len(card.classes))] for of_client in found]
 
 
-def store_of(run: FinishedRun, settings_digest: str) -> UnitStore:
-    """Return the store with the images that a run drew with these settings."""
+def drawn_set(run: FinishedRun) -> tuple[UnitStore, Iterable[tuple[bytes, int]]]:
+    """Return the store of a run's images, and identity and label of each of them.
+
+    Raises:
+        SynthesisError: If the run has neither kept its plan nor what identifies its images.
+    """
     elsewhere = str(run.config["run_config"].get("store-dir", ""))
-    return UnitStore(Path(elsewhere).expanduser() if elsewhere else run.path / "synthetic", settings_digest)
+    folder = Path(elsewhere).expanduser() if elsewhere else run.path / "synthetic"
+    if (kept := forgotten_set(run.path)) is not None:
+        ids = (each.tobytes() for each in kept.sample_ids)
+        return UnitStore(folder, kept.settings_digest), zip(ids, kept.labels, strict=True)
+    plan = Plan.load(run.path / "plan.json")
+    return UnitStore(folder, plan.settings.digest()), ((each.sample_id, each.label) for each in plan.samples())
 
 
 def synthetic_images(run: FinishedRun, num_classes: int, per_class: int, max_size_px: int) -> ImageSet:
@@ -138,22 +146,12 @@ def synthetic_images(run: FinishedRun, num_classes: int, per_class: int, max_siz
     Raises:
         SynthesisError: If the plan or the store is absent or damaged.
     """
-    if (kept := forgotten_set(run.path)) is not None:
-        digest = kept.settings_digest
-        samples: Iterable[tuple[bytes, int]] = zip(
-            (each.tobytes() for each in kept.sample_ids), kept.labels, strict=True
-        )
-    else:
-        plan = Plan.load(run.path / "plan.json")
-        digest = plan.settings.digest()
-        samples = ((sample.sample_id, sample.label) for sample in plan.samples())
+    store, samples = drawn_set(run)
     of_classes: list[list[bytes]] = [[] for _ in range(num_classes)]
     for sample_id, label in samples:
         if label < num_classes:
             of_classes[label].append(sample_id)
-    chosen = store_of(run, digest).read(
-        as_ids(sample_id for of_class in of_classes for sample_id in spread(of_class, per_class))
-    )
+    chosen = store.read(as_ids(sample_id for of_class in of_classes for sample_id in spread(of_class, per_class)))
     size = min(chosen.images.shape[-1], max_size_px)
     return ImageSet(resize(chosen.images, size), chosen.labels)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ _CHECKPOINT = re.compile(r"round-(\d{4})\.safetensors")
 
 
 _DRAWN_SET = "drawn_set.json"
+_LOCK_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class RunFolder:
         try:
             for folder in (self.path, self._checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
             self._refuse_other_settings()
             write_json(self.path / "config.json", config)
         except OSError as error:
@@ -92,6 +96,27 @@ class RunFolder:
                 f"`output-dir` must be a folder that can be read and written, but {str(self.path)!r} cannot "
                 f"({error.strerror}). Use for example ~/fgl-runs."
             ) from None
+
+    def _lock(self) -> None:
+        """Keep other processes out of the folder while this one lives; wait for one that is about to end.
+
+        Raises:
+            RunFolderError: If another works in it.
+        """
+        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # closing it would give the lock up
+        end = time.monotonic() + _LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > end:
+                    raise RunFolderError(
+                        f"One process at a time may work in {str(self.path)!r}, but another does. Wait until it has "
+                        "ended, end it, or use another `run-name`."
+                    ) from None
+                time.sleep(0.5)
+            else:
+                return
 
     def _refuse_other_settings(self) -> None:
         file = self.path / "config.json"
@@ -119,6 +144,8 @@ class RunFolder:
 
     def save_prompts(self, merged: MergedPrompts, exchange: Mapping[str, Any] | None) -> None:
         """Keep the merged prompts, readable by the owner alone, and what is known of the exchange; None without one."""
+        # A crash must not leave labels beside the names of other classes: without prompts they are collected again.
+        (self.path / "prompts.jsonl").unlink(missing_ok=True)
         write_json(
             self.path / "prompt_round.json",
             {"class_names": list(merged.class_names), "exchange": None if exchange is None else dict(exchange)},

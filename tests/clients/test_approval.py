@@ -4,7 +4,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from clients.approval import approvals_folder, decide, pending, read_preview, wait_for_approval
+from clients.approval import approvals_folder, check_approved, decide, pending, read_preview, wait_for_approval
 from fgl_app.cli import cli
 from fgl_app.errors import ApprovalError
 from fgl_app.prompts import PromptCount
@@ -48,6 +48,23 @@ def test_rejected_prompts_are_never_sent_until_they_are_approved_after_all(tmp_p
 
     decide(name, tmp_path, approve=True)
     wait(tmp_path, timeout_s=0.0)
+
+
+def test_a_node_takes_part_only_in_runs_whose_prompts_were_approved(tmp_path):
+    with pytest.raises(ApprovalError, match="no prompts for 'study' were"):
+        check_approved("study", tmp_path)
+    with pytest.raises(ApprovalError):
+        wait(tmp_path, timeout_s=0.0)
+    (name,) = pending(tmp_path)
+    decide(name, tmp_path, approve=True)
+    wait(tmp_path)
+
+    check_approved("study", tmp_path)
+    with pytest.raises(ApprovalError, match="no prompts for 'another'"):
+        check_approved("another", tmp_path)
+    decide(name, tmp_path, approve=False)
+    with pytest.raises(ApprovalError, match="no prompts for 'study'"):
+        check_approved("study", tmp_path)
 
 
 def test_the_owner_decides_by_a_command(tmp_path, monkeypatch):

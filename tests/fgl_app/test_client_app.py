@@ -44,6 +44,18 @@ def test_a_failure_reaches_the_server_as_a_code_without_private_names(run_config
     assert "jane-doe" not in reply.error.reason
 
 
+def test_a_node_whose_owner_approved_no_prompts_trains_and_evaluates_nothing(
+    run_config, settings, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("FGL_CACHE", str(tmp_path))
+    sent = initial_arrays(settings, settings.card.class_names())
+    content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
+
+    for kind in ("train", "evaluate"):
+        node = {"partition-id": 1, "num-partitions": 3, "require-approval": True}
+        assert ask(run_config, kind, node, content).error.code == 105
+
+
 def test_a_wrong_model_is_answered_with_its_code(run_config):
     content = RecordDict({"arrays": to_arrays(torch.nn.Linear(2, 2)), "config": ConfigRecord({"server-round": 1})})
 

@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from fgl_app.cards import load_card
 from fgl_app.config import parse_run_config
@@ -209,6 +209,19 @@ def test_an_unreadable_image_is_left_out_and_reported_among_good_ones(tmp_path):
 
     assert len(data) == 4
     assert unreadable == [tmp_path / "cat" / "2.png"]
+
+
+def test_an_image_that_pillow_refuses_in_its_own_way_is_unreadable_too(tmp_path):
+    write_images(tmp_path, {"cat": 3})
+    # Pillow raises ValueError for text of more than a mebibyte once it is unpacked.
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * (2 * 2**20), zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "large.png", pnginfo=info)
+
+    data, unreadable = load_folder(tmp_path, ["cat"], 8)
+
+    assert len(data) == 3
+    assert unreadable == [tmp_path / "cat" / "large.png"]
 
 
 def test_folders_that_cannot_be_used_are_refused_with_the_reason(tmp_path):

@@ -8,8 +8,10 @@ from typer.testing import CliRunner
 
 from fgl_app.cli import cli
 from fgl_app.errors import ConfigError
+from fgl_app.phases import resolve
 from fgl_app.reporting.export import export
-from fgl_app.reporting.finished_run import read_run, store_of
+from fgl_app.reporting.finished_run import drawn_set, read_run
+from fgl_app.reporting.run_folder import DrawnSet, RunFolder
 from fgl_app.store import as_ids
 from fgl_app.synthesis.plan import Plan
 
@@ -27,14 +29,8 @@ def expected(run):
 
 
 def pixels(run, sample_id: str):
-    plan = Plan.load(run.path / "plan.json")
-    return (
-        store_of(run, plan.settings.digest())
-        .read(as_ids([bytes.fromhex(sample_id)]))
-        .images[0]
-        .permute(1, 2, 0)
-        .tolist()
-    )
+    store, _ = drawn_set(run)
+    return store.read(as_ids([bytes.fromhex(sample_id)])).images[0].permute(1, 2, 0).tolist()
 
 
 def test_class_folders_are_read_by_torchvision_and_datasets(run, tmp_path):
@@ -76,6 +72,20 @@ def test_tar_files_are_read_by_webdataset(run, tmp_path):
     assert {key: name for key, (name, _) in read.items()} == expected(run)
     key, (_, image) = next(iter(read.items()))
     assert image.tolist() == pixels(run, key)
+
+
+def test_a_run_that_deleted_its_prompts_is_exported_alike(run, tmp_path):
+    plan = Plan.load(run.path / "plan.json")
+    samples = list(plan.samples())
+    ids = as_ids(sample.sample_id for sample in samples)
+    wanted = expected(run)
+    kept = DrawnSet(plan.settings.digest(), ids, tuple(sample.label for sample in samples))
+    RunFolder(run.settings, resolve(run.settings)).forget_prompts(kept)
+
+    assert export(read_run(run.path), "folder", tmp_path / "out") == 20
+
+    folder = ImageFolder(tmp_path / "out")
+    assert {path.rsplit("/", 1)[1][:-4]: folder.classes[label] for path, label in folder.samples} == wanted
 
 
 def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):

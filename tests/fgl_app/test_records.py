@@ -19,7 +19,6 @@ from fgl_app.records import (
     payload_of,
     prompts_reply,
     serialized_bytes,
-    union_of_classes,
 )
 
 CLASS_NAMES = load_card("digits").class_names()
@@ -76,17 +75,6 @@ def test_classes_become_labels_by_their_names():
     named = named_prompts(Upload([PromptCount(0, "a cat", 1, "sketch")], ("cat",)))
 
     assert label_prompts(named, ["dog", "cat"]) == [PromptCount(1, "a cat", 1, "sketch")]
-
-
-def test_the_label_space_is_the_union_of_the_clients_classes():
-    uploads = [
-        named_prompts(Upload([PromptCount(i, "p", 1) for i in range(2)], names))
-        for names in (("dog", "cat"), ("eel", "dog"))
-    ]
-
-    assert union_of_classes(uploads) == ("cat", "dog", "eel")
-    with pytest.raises(PromptError, match="2 to"):
-        union_of_classes([uploads[0][:1]])
 
 
 def reply_with(embeddings, prompts=("e",)):

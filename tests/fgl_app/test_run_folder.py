@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,6 +49,31 @@ def test_finished_rounds_and_their_weights_are_found_again(folder, settings):
     state = again.load_arrays(2).to_torch_state_dict()
     assert state["weight"].tolist() == [2.0, 2.0]
     assert state["count"].dtype == torch.int64
+
+
+def test_only_one_process_works_in_a_folder(folder, settings, monkeypatch):
+    monkeypatch.setattr("fgl_app.reporting.run_folder._LOCK_TIMEOUT_S", 0.1)
+    holder = f"import fcntl; f = open({str(folder.path / '.lock')!r}, 'ab'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    code = f"{holder}; print('locked', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        # The lock of this process must go first: it is given up when any of its files is closed.
+        (folder.path / ".lock").open("rb").close()
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(RunFolderError, match="One process at a time"):
+            RunFolder(settings, resolve(settings))
+        other.communicate(b"\n")
+
+    RunFolder(settings, resolve(settings))
+
+
+def test_labels_never_stand_beside_the_names_of_other_classes(folder, monkeypatch):
+    folder.save_prompts(MergedPrompts((PromptCount(1, "a zebra", 3),), ("cat", "zebra")), {})
+    monkeypatch.setattr("fgl_app.reporting.run_folder.write_json_lines", lambda *_, **__: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):  # a crash between the two files
+        folder.save_prompts(MergedPrompts((PromptCount(2, "a zebra", 3),), ("cat", "dog", "zebra")), {})
+
+    assert folder.load_prompts() is None
 
 
 def test_a_round_without_its_checkpoint_is_not_finished(folder):

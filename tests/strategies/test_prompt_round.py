@@ -3,13 +3,15 @@ import time
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.clientapp import ClientApp
 
 from fgl_app.cards import load_card
 from fgl_app.data.images import ImageSet
-from fgl_app.errors import RoundError
+from fgl_app.errors import PromptError, RoundError
 from fgl_app.phases import initial_arrays
-from fgl_app.prompts import PromptLimits
+from fgl_app.prompts import PromptCount, PromptLimits
+from fgl_app.records import Upload, prompts_reply
 from strategies import FGL
 from strategies.inner import build_inner
 from strategies.prompt_round import PromptRound
@@ -124,6 +126,46 @@ def test_a_missing_client_is_waited_for_once(make_grid, settings):
 
     assert len(strategy.model_bytes[3]) == 2
     assert max(times) < 1
+
+
+def united(make_grid, class_names_of_clients, max_classes=5):
+    """Let clients send prompts of these classes; return the merged prompts and the report."""
+    app = ClientApp()
+
+    @app.query("prompts")
+    def answer(message, context):
+        place = context.node_config["partition-id"]
+        names = class_names_of_clients[place]
+        upload = Upload([PromptCount(label, "a photo", 1) for label in range(len(names))], names)
+        return Message(prompts_reply(upload, len(names), place), reply_to=message)
+
+    grid = make_grid(num_clients=len(class_names_of_clients))
+    grid.app = app
+    exchange = prompt_round(grid, PromptLimits(1000, 1000, max_classes=max_classes), class_names=())
+    exchange.ask(grid.get_node_ids())
+    exchange.wait()
+    return exchange.merged(), exchange.report()
+
+
+def test_the_label_space_is_the_union_of_the_clients_classes(make_grid):
+    merged, report = united(make_grid, [("dog", "cat"), ("eel", "dog")])
+
+    assert merged.class_names == ("cat", "dog", "eel")
+    assert report["refused"] == []
+    with pytest.raises(PromptError, match="at least 2 different classes"):
+        united(make_grid, [("cat",), ("cat",)])
+
+
+def test_a_client_that_names_too_many_classes_loses_its_own_place_only(make_grid):
+    many = tuple(f"class {number}" for number in range(30))
+
+    merged, report = united(make_grid, [many, ("dog", "cat"), ("eel", "dog")])
+
+    assert merged.class_names == ("cat", "dog", "eel")
+    assert report["clients_used"] == 2
+    assert [(row["client"], row["reason"]) for row in report["refused"]] == [
+        (0, "Refused: more classes than `max-classes` together with those of the others.")
+    ]
 
 
 def test_what_is_refused_is_counted_by_client_and_reason(make_grid):

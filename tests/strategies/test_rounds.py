@@ -66,6 +66,32 @@ def rounds(make_grid, settings, *, fraction, seed=0, num_rounds=4, done=0):
     return places
 
 
+def checked(settings):
+    inner = build_inner("FedAvg", "", num_selected=3, weighting="examples", evaluate_on_clients=False)
+    return CheckedRounds(inner, num_clients=3, connect_timeout_s=1), initial_arrays(
+        settings, settings.card.class_names()
+    )
+
+
+def test_nobody_is_waited_for_where_no_client_evaluates(make_grid, settings):
+    strategy, arrays = checked(settings)
+    grid = make_grid()
+    del grid.node_configs[1002]
+
+    assert list(strategy.configure_evaluate(1, arrays, ConfigRecord(), grid)) == []
+
+
+def test_a_node_that_leaves_while_a_round_begins_is_asked_all_the_same(make_grid, settings):
+    strategy, arrays = checked(settings)
+    grid = make_grid()
+    sightings = iter([[1000, 1001, 1002]])
+    grid.get_node_ids = lambda: next(sightings, [1000, 1001])  # Flower's sampling would wait for the third for ever
+
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+
+    assert sorted(message.metadata.dst_node_id for message in messages) == [1000, 1001, 1002]
+
+
 def test_a_fraction_of_the_clients_is_drawn_from_seed_and_round(make_grid, settings):
     first = rounds(make_grid, settings, fraction=0.5)
 
