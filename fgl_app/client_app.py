@@ -114,7 +114,8 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
     if settings.prompts.prompt_level == "embedding":
         upload = _embedded(written, settings, data)
     log(INFO, "client %s sends %s distinct prompts", data.partition_id, len(upload.prompts))
-    return prompts_reply(upload, _told(len(data.train), settings), data.partition_id, data.num_unreadable)
+    unreadable = data.num_unreadable if settings.privacy.prompt_counts == "exact" else 0
+    return prompts_reply(upload, _told(len(data.train), settings), data.partition_id, unreadable)
 
 
 def train(message: Message, settings: Settings, context: Context) -> RecordDict:

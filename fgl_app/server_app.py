@@ -107,9 +107,10 @@ class Session:
     prompt_round: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Find the finished rounds of earlier starts."""
+        """Find the finished rounds of earlier starts, and what left the clients in them and in unfinished ones."""
         self.class_names = self.settings.card.class_names()
         self.rounds = self.folder.finished_rounds()[: self.settings.run.num_server_rounds]
+        self.ledger = self.folder.open_ledger()
         self.trackers = open_trackers(self.settings, self.folder.path)
         self._round_started = time.monotonic()
         if self.rounds:
@@ -156,6 +157,7 @@ class Session:
         return summarize(
             self.settings,
             self.rounds,
+            releases=self.ledger.rows,
             prompt_round=self.prompt_round,
             synthesis=self.synthesis,
             store_hash=self.store_hash,
@@ -180,6 +182,7 @@ class Session:
             "min_clients": self.settings.policy.min_clients,
             "max_update_norm": self.settings.policy.max_update_norm,
             "rounds_done": done,
+            "ledger": self.ledger,
         }
 
     def _checked(self, done: int) -> CheckedRounds:
@@ -209,6 +212,7 @@ class Session:
     def _ask_for_prompts(self, grid: Grid) -> PromptRound:
         policy, prompts, synthesis = self.settings.policy, self.settings.prompts, self.settings.synthesis
         by_embedding = prompts.prompt_level == "embedding"
+        self.ledger.asked_for_prompts()
         return PromptRound(
             grid,
             PromptLimits(
@@ -317,7 +321,8 @@ class Session:
             phase = "one-shot" if self.settings.synthesizes and number == 1 else "federated"
             sizes = strategy.model_bytes.get(number, [])
             prompts_upload = self.prompt_round["upload"]["all_messages"] if self.prompt_round and number == 1 else 0
-            refused = strategy.refusals[number].rows() if number in strategy.refusals else []
+            refused = strategy.refusals[number].rows(named=not self._secret_draw) if number in strategy.refusals else []
+            private = self.settings.privacy.client_dp != "off"
             reused = self.synthesis.reused_seconds if phase == "one-shot" and self.synthesis else 0.0
             sent = {
                 **({"reused_seconds": round(reused, 3)} if reused else {}),
@@ -326,23 +331,17 @@ class Session:
                 "clients": len(sizes),
                 **({"refused": refused} if refused else {}),
                 **strategy.update_metrics.get(number, {}),
-                **self._accounted(strategy, number),
+                **({"drawn": list(strategy.draws[number])} if private and number in strategy.draws else {}),
             }
             self._finish_round(number, phase, arrays, measured, sent, strategy.memory())
             return MetricRecord({key: cast(float, measured[key]) for key in ("accuracy", "loss")})
 
         return evaluate
 
-    def _accounted(self, strategy: CheckedRounds, number: int) -> dict[str, Any]:
-        """Return what the accountant must know of a round; see :mod:`fgl_app.reporting.guarantees`."""
-        if number not in strategy.draws:
-            return {}
-        privacy, row = self.settings.privacy, dict[str, Any]()
-        if privacy.client_dp != "off":
-            row["drawn"] = list(strategy.draws[number])
-        if privacy.example_dp_noise:
-            row["num_examples"] = strategy.num_examples[number]
-        return row
+    @property
+    def _secret_draw(self) -> bool:
+        """Whether amplification by sampling counts on nobody's knowing who was drawn."""
+        return self.settings.privacy.client_dp != "off" and self.settings.training.fraction_train < 1
 
     def _measured(self, number: int, validation: Evaluation, test: Evaluation) -> dict[str, Any]:
         """Return the measures of a round on the common held-out images, and keep its confusion matrix."""

@@ -14,7 +14,7 @@ from fgl_app.data.images import ImageSet
 from fgl_app.errors import RoundError
 from fgl_app.prompts import MergedPrompts
 from strategies.prompt_round import PromptRound
-from strategies.rounds import CheckedRounds
+from strategies.rounds import CheckedRounds, Ledger
 
 Synthesize = Callable[[MergedPrompts, Callable[[], None]], ImageSet]
 Pretrain = Callable[[ArrayRecord, ImageSet], ArrayRecord]
@@ -47,6 +47,7 @@ class FGL(CheckedRounds):
         max_update_norm: Largest L2 norm of a client's update; 0 for any.
         rounds_done: 0, or the finished rounds of an earlier start; with 1 or more, ``start()`` takes their weights as
             its initial arrays and neither pre-trains nor evaluates them again.
+        ledger: Is told what leaves the clients in the rounds; None for nobody.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class FGL(CheckedRounds):
         min_clients: int = 0,
         max_update_norm: float = 0.0,
         rounds_done: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -81,6 +83,7 @@ class FGL(CheckedRounds):
             min_clients=min_clients,
             max_update_norm=max_update_norm,
             rounds_done=rounds_done,
+            ledger=ledger,
         )
         self._prompt_round = prompt_round
         self._synthesize = synthesize

@@ -50,8 +50,20 @@ class Refusals:
         """Name a client by its partition id, or by Flower's id of its node where that is unknown."""
         return self.places.get(node, node)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the refusals for ``results.json``; ``node`` is Flower's id, which a client cannot choose."""
+    def rows(self, *, named: bool = True) -> list[dict[str, Any]]:
+        """Return the refusals for ``results.json``; ``node`` is Flower's id, which a client cannot choose.
+
+        Args:
+            named: Whether rows say whose they are; without, ``client`` and ``node`` are None.
+        """
+        if not named:
+            counts: Counter[str] = Counter()
+            for (_, reason), count in self._counts.items():
+                counts[reason] += count
+            return [
+                {"client": None, "node": None, "reason": reason, "count": count}
+                for reason, count in sorted(counts.items())
+            ]
         return [
             {"client": self.places.get(node), "node": str(node), "reason": reason, "count": count}
             for (node, reason), count in sorted(self._counts.items())

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from fgl_app.records import (
     ARRAYS,
     CLASS_NAMES,
     EQUAL_WEIGHT,
-    METRICS,
-    NUM_EXAMPLES,
     PLACE_MESSAGE,
     place_of,
     reply_order,
@@ -30,7 +28,7 @@ from fgl_app.records import (
 from fgl_app.rng import numpy_generator
 from strategies.differential_privacy import adds_noise, calibrate, norm_memory, reports_clipping, restore_norm
 from strategies.refusals import Refusals, error_sentence
-from strategies.screening import evaluation_fault, update_fault
+from strategies.screening import evaluation_fault, num_examples_told, update_fault
 from strategies.server_optimizers import (
     begin_from_sent_arrays,
     is_server_optimizer,
@@ -40,6 +38,22 @@ from strategies.server_optimizers import (
     restore_memory,
     split_statistics,
 )
+
+
+class Ledger(Protocol):
+    """Remembers what leaves the clients, for the accountant of differential privacy."""
+
+    def asked_to_train(self, server_round: int, drawn: tuple[int, int], places: Collection[int] | None) -> None:
+        """Note, before they are asked, that clients will be asked to train.
+
+        Args:
+            server_round: Number of the round.
+            drawn: How many clients, and of how many they were drawn.
+            places: The partition ids that they say they have; None where all are asked.
+        """
+
+    def told(self, num_examples: Collection[int]) -> None:
+        """Note the numbers of training images that clients told, whether or not their updates can be used."""
 
 
 class CheckedRounds(Strategy):
@@ -70,6 +84,7 @@ class CheckedRounds(Strategy):
         min_clients: int = 0,
         max_update_norm: float = 0.0,
         rounds_done: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
         """Wrap ``inner``.
 
@@ -88,9 +103,11 @@ class CheckedRounds(Strategy):
                 enough.
             max_update_norm: Largest L2 norm of a client's update; 0 for any.
             rounds_done: Rounds that came before the first one.
+            ledger: Is told what leaves the clients; None for nobody.
         """
         self.inner = inner
         self.rounds_done = rounds_done
+        self._ledger = ledger
         self._num_clients = num_clients
         self.class_names: tuple[str, ...] = tuple(class_names)
         self._fraction_train = fraction_train
@@ -112,8 +129,6 @@ class CheckedRounds(Strategy):
         """Diversity and drift of the clients' updates, by round; empty where noise is to hide the updates."""
         self.draws: dict[int, tuple[int, int]] = {}
         """Clients that were asked to train in a round, and of how many they were drawn, by round."""
-        self.num_examples: dict[int, dict[str, int]] = {}
-        """Training images of each client whose update was used, by round and client."""
         self.refusals: dict[int, Refusals] = {}
         """What clients sent in a round and was not used, by round."""
         self._dtypes: dict[str, str] = {}
@@ -133,9 +148,11 @@ class CheckedRounds(Strategy):
         begin_from_sent_arrays(self.inner)
         nodes = self.wait_for_clients(grid)
         self.draws[number] = len(nodes), len(nodes)
+        places: list[int] | None = None
         if self._fraction_train < 1:
             nodes, population = self._draw_clients(grid, nodes, number)
             self.draws[number] = len(nodes), population
+            places = [self._places[node] for node in nodes]
         # Flower's sampling would wait without end for a node that has left since.
         grid = _only_nodes(grid, lambda: nodes)
         if self._splits_statistics:
@@ -146,6 +163,8 @@ class CheckedRounds(Strategy):
         else:
             messages = list(self.inner.configure_train(number, arrays, config, grid))
         self._asked["train"] = messages
+        if self._ledger is not None:
+            self._ledger.asked_to_train(number, self.draws[number], places)
         return messages
 
     def aggregate_train(
@@ -159,6 +178,10 @@ class CheckedRounds(Strategy):
         number = self.rounds_done + server_round
         sent = self._sent
         assert sent is not None
+        replies = list(replies)
+        if self._ledger is not None:
+            told = (num_examples_told(reply) for reply in replies)
+            self._ledger.told({count for count in told if count is not None})
         norm_bit, private = reports_clipping(self.inner), adds_noise(self.inner)
         ordered = self.usable_replies(
             number,
@@ -175,12 +198,6 @@ class CheckedRounds(Strategy):
             for metrics_record in content.metric_records.values():
                 metrics_record[EQUAL_WEIGHT] = 1
         updates = [content.array_records[ARRAYS] for content in contents]
-        self.num_examples[number] = {
-            str(self.refusals[number].name_of(reply.metadata.src_node_id)): cast(
-                int, reply.content.metric_records[METRICS][NUM_EXAMPLES]
-            )
-            for reply in ordered
-        }
         if adds_noise(self.inner):  # what is measured on the updates themselves would tell of them
             calibrate(self.inner, len(ordered))
         else:

@@ -66,6 +66,14 @@ def update_fault(
     return None
 
 
+def num_examples_told(reply: Message) -> int | None:
+    """Return how many images a client says it trained on, also where its update is refused; None if it does not say."""
+    record = reply.content.get(METRICS) if reply.has_content() else None
+    number = record.get(NUM_EXAMPLES) if isinstance(record, MetricRecord) else None
+    fits = isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= MAX_EXAMPLES
+    return cast(int, number) if fits else None
+
+
 def evaluation_fault(reply: Message) -> str | None:
     """Say what is wrong with a client's answer to ``evaluate``; None if nothing is."""
     fault = _metrics_fault(reply.content, evaluation_metrics(_NO_EVALUATION, _NO_EVALUATION))

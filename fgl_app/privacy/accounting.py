@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from fgl_app.errors import ConfigError
 
@@ -53,21 +55,25 @@ def clients_epsilon(noise_multiplier: float, drawn: Sequence[tuple[int, int]], d
 
 def images_epsilon(
     noise_multiplier: float,
-    num_examples: Mapping[str, Sequence[int]],
+    num_examples: Collection[int],
+    num_rounds: int,
     *,
     batch_size: int,
     local_epochs: int,
     delta: float,
 ) -> float:
-    """Return epsilon of one training image over rounds of DP-SGD, of the client where it is largest.
+    """Return epsilon of one training image over rounds of DP-SGD, of whichever client has the largest.
 
     Each step is a Poisson-sampled Gaussian mechanism of rate q and multiplier z, which is ``noise_multiplier`` (Abadi
     et al. 2016, Algorithm 1; Mironov, Talwar & Zhang 2019, arXiv 1908.10530); :func:`poisson_schedule` gives q and the
-    number of steps. What the server makes of the clients' weights is post-processing.
+    number of steps. What the server makes of the clients' weights is post-processing. In each round and at each order
+    the largest divergence of all numbers of images is taken, so that the bound holds whoever has which of them, even
+    if it changes from round to round.
 
     Args:
         noise_multiplier: z > 0.
-        num_examples: For each client its number of training images in each round that it took part in.
+        num_examples: Training images that a client may have; empty if nothing is known, for 1 to 10,000,000.
+        num_rounds: Rounds that one client took part in, at most; > 0.
         batch_size: Expected images of a step.
         local_epochs: Epochs in each round.
         delta: Delta at which epsilon is stated, 0 to 1.
@@ -78,16 +84,29 @@ def images_epsilon(
     dp = _library()
     # The series for orders below 2 often does not converge, and dp-accounting then leaves them out with a warning.
     orders = [*(2 + tenth / 10 for tenth in range(90)), *range(11, 64), 128, 256, 512, 1024]
-    histories = {tuple(sorted(Counter(numbers).items())) for numbers in num_examples.values()}
-    largest = 0.0
-    for history in histories:
+    known = [poisson_schedule(number, batch_size, local_epochs) for number in num_examples]
+    rates: dict[int, float] = {}  # of equally many steps those with the highest rate lose most
+    for rate, steps in known or _schedules_of_any_number(batch_size, local_epochs):
+        rates[steps] = max(rate, rates.get(steps, 0.0))
+    curves = []
+    for steps, rate in rates.items():
         accountant = dp.rdp.RdpAccountant(orders)
-        for number, rounds in history:
-            rate, steps = poisson_schedule(number, batch_size, local_epochs)
-            event = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise_multiplier))
-            accountant.compose(event, rounds * steps)
-        largest = max(largest, float(accountant.get_epsilon(delta)))
-    return largest
+        event = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise_multiplier))
+        accountant.compose(event, num_rounds * steps)
+        curves.append(accountant.rdp)
+    epsilon, _ = dp.rdp.compute_epsilon(orders, np.max(curves, axis=0), delta)
+    return float(epsilon)
+
+
+def _schedules_of_any_number(batch_size: int, epochs: int) -> Iterable[tuple[float, int]]:
+    """Yield rates and steps of which one is no less than those of any number of images, up to ten million.
+
+    With more than t / 2 and at most t steps an epoch, a client has at least floor(t / 2) B + 1 images.
+    """
+    most = 1
+    while (fewest_images := most // 2 * batch_size + 1) <= 10_000_000:
+        yield min(1.0, batch_size / fewest_images), epochs * most
+        most *= 2
 
 
 def poisson_schedule(num_examples: int, batch_size: int, epochs: int) -> tuple[float, int]:

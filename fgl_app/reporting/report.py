@@ -264,12 +264,17 @@ def _failures(run: FinishedRun) -> list[Section]:
         if named := exchange.get(kind):
             text.append(f"Clients {', '.join(map(str, named))} {sentence}.")
     rows = [
-        [exchange, str(item["client"] if item["client"] is not None else f"node {item['node']}"), item["reason"],
-         f"{item['count']:,}"]
+        [exchange, _sender(item), item["reason"], f"{item['count']:,}"]
         for exchange, item in refused
     ]  # fmt: skip
     tables = [Table("What was not used.", ["Exchange", "Client", "Reason", "Number"], rows)] if rows else []
     return [Section("Failures", text, tables=tables)] if text or rows else []
+
+
+def _sender(refused: Mapping[str, Any]) -> str:
+    if refused["client"] is not None:
+        return str(refused["client"])
+    return "not named" if refused["node"] is None else f"node {refused['node']}"
 
 
 def _costs(run: FinishedRun) -> Section:

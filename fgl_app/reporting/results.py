@@ -14,6 +14,7 @@ def summarize(
     settings: Settings,
     rounds: Sequence[Mapping[str, Any]],
     *,
+    releases: Sequence[Mapping[str, Any]],
     prompt_round: Mapping[str, Any] | None,
     synthesis: SynthesisReport | None,
     store_hash: str | None,
@@ -29,6 +30,7 @@ def summarize(
         settings: The run's settings.
         rounds: Metrics of each round, at least one, with ``round``, ``phase``, ``accuracy``, ``loss``,
             ``validation_accuracy``, ``model_upload_bytes`` and ``upload_bytes``.
+        releases: What left the clients: rows of :class:`fgl_app.reporting.ledger.ReleaseLedger`.
         prompt_round: What is known of the exchange of prompts, and under ``upload`` the bytes of the largest client's
             prompts, ``payload`` and whole ``message``, and of ``all_messages``; None if no client was asked.
         synthesis: What the synthesis phase did; None if this start needed none.
@@ -61,7 +63,7 @@ def summarize(
         "prompt_round": None
         if prompt_round is None
         else {key: value for key, value in prompt_round.items() if key != "upload"},
-        "privacy": privacy_statement(settings, rounds),
+        "privacy": privacy_statement(settings, releases),
         "synthesis": None
         if synthesis is None
         else {

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from fgl_app.errors import RunFolderError
 from fgl_app.files import checkpoint_file, read_json_lines, write_atomically, write_json, write_json_lines
 from fgl_app.prompts import MergedPrompts, PromptCount
+from fgl_app.reporting.ledger import ReleaseLedger
 from fgl_app.settings import Settings
 from fgl_app.store import Ids, as_ids
 
@@ -206,6 +207,18 @@ class RunFolder:
         while (number := len(finished) + 1) in rows and number in saved:
             finished.append(rows[number])
         return finished
+
+    def open_ledger(self) -> ReleaseLedger:
+        """Open the ledger of what left the clients, in this start and all earlier ones.
+
+        Raises:
+            RunFolderError: If it is damaged.
+        """
+        return ReleaseLedger(
+            self.path / "releases.jsonl",
+            read_json_lines(self._metrics),
+            named=self._settings.privacy.example_dp_noise > 0,
+        )
 
     def load_arrays(self, number: int) -> ArrayRecord:
         """Load the weights after round ``number``.

@@ -56,6 +56,7 @@ def make_run(run_config, store) -> Callable[..., Path]:
             summarize(
                 settings,
                 rounds,
+                releases=folder.open_ledger().rows,
                 prompt_round=exchange,
                 synthesis=SynthesisReport(20, drawn, 20 - drawn, {}, {}, 2.0, 0.0),
                 store_hash="ab",
@@ -76,7 +77,15 @@ def make_fedavg(run_config) -> Callable[..., Path]:
         folder = RunFolder(settings, {})
         rounds = [without_optional(a_row(1, 0.3))]
         folder.write_results(
-            summarize(settings, rounds, prompt_round=None, synthesis=None, store_hash=None, seconds={"rounds": 4.0})
+            summarize(
+                settings,
+                rounds,
+                releases=[],
+                prompt_round=None,
+                synthesis=None,
+                store_hash=None,
+                seconds={"rounds": 4.0},
+            )
         )
         return folder.path
 

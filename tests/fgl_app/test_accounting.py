@@ -5,12 +5,12 @@ from opacus.accountants import RDPAccountant
 
 from fgl_app.config import parse_run_config
 from fgl_app.privacy.accounting import clients_epsilon, images_epsilon, poisson_schedule
-from fgl_app.reporting.guarantees import privacy_statement
+from fgl_app.reporting.guarantees import privacy_sections, privacy_statement
 
 
 def test_the_bound_of_dp_sgd_is_that_of_its_papers():
     # Abadi et al. 2016, Section 3: q = 0.01, sigma = 4, 10,000 steps, delta 1e-5: the moments accountant gives 1.26.
-    found = images_epsilon(4.0, {"0": [60_000]}, batch_size=600, local_epochs=100, delta=1e-5)
+    found = images_epsilon(4.0, [60_000], 1, batch_size=600, local_epochs=100, delta=1e-5)
 
     assert 0.9 < found < 1.26
 
@@ -19,17 +19,26 @@ def test_the_bound_of_dp_sgd_is_that_of_opacus():
     opacus = RDPAccountant()
     opacus.history = [(1.1, 64 / 500, 3 * 4 * 8)]  # three rounds of 4 epochs of ceil(500 / 64) steps
 
-    found = images_epsilon(1.1, {"0": [500] * 3}, batch_size=64, local_epochs=4, delta=1e-5)
+    found = images_epsilon(1.1, [500], 3, batch_size=64, local_epochs=4, delta=1e-5)
 
     assert found == pytest.approx(opacus.get_epsilon(1e-5), rel=1e-3)
 
 
 def test_the_client_with_the_largest_bound_counts():
-    def epsilon(**num_examples):
-        return images_epsilon(1.0, num_examples, batch_size=16, local_epochs=1, delta=1e-5)
+    def epsilon(*num_examples, rounds=1):
+        return images_epsilon(1.0, num_examples, rounds, batch_size=16, local_epochs=1, delta=1e-5)
 
-    assert epsilon(small=[40], large=[400]) == epsilon(small=[40]) > epsilon(large=[400])
-    assert epsilon(once=[40], twice=[40, 40]) == epsilon(twice=[40, 40]) > epsilon(once=[40])
+    assert epsilon(40, 400) == epsilon(40) > epsilon(400)
+    assert epsilon(40, rounds=2) > epsilon(40)
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0])
+def test_unknown_numbers_of_images_lose_as_much_as_the_worst_number(noise):
+    def epsilon(*num_examples):
+        return images_epsilon(noise, num_examples, 3, batch_size=16, local_epochs=2, delta=1e-5)
+
+    # With little noise many steps of few images are worst, with more noise one image more than a batch.
+    assert epsilon() >= max(epsilon(number) for number in (1, 16, 17, 40, 100, 129, 500, 5000))
 
 
 def test_a_client_with_fewer_images_than_a_batch_draws_all_of_them():
@@ -55,21 +64,26 @@ def test_a_secret_draw_of_few_clients_lowers_the_bound_and_one_of_many_does_not_
     assert clients_epsilon(1.0, [(49, 50)] * 20, 1e-5) == everybody  # replacement moves the sum by 2 C: no gain
 
 
-FEDERATED = {"phase": "federated", "drawn": [3, 3], "num_examples": {"0": 100, "1": 50}}
+PROMPTS = {"asked": "prompts"}
+TRAIN = {"asked": "train", "round": 2, "drawn": [3, 3]}
+TOLD = {"num_examples": [50, 100]}
+EMBEDDINGS = {
+    "prompt_level": "embedding", "embedding_summary": "mean", "embedding_clip": 10, "embedding_epsilon": 8.0,
+}  # fmt: skip
 
 
-def statement(run_config, rounds, **settings):
+def statement(run_config, releases, **settings):
     changed = {key.replace("_", "-"): value for key, value in settings.items()}
-    return privacy_statement(parse_run_config(run_config | changed), rounds)
+    return privacy_statement(parse_run_config(run_config | changed), releases)
 
 
 def test_a_run_without_a_mechanism_states_nothing(run_config):
-    assert statement(run_config, [{"phase": "one-shot"}, {"phase": "federated"}]) is None
+    assert statement(run_config, [PROMPTS, TRAIN]) is None
 
 
 def test_rounds_of_fedavg_have_a_total_for_each_unit(run_config):
     found = statement(
-        run_config, [FEDERATED] * 4, method="fedavg", weighting="uniform", client_dp="fixed", example_dp_noise=1.0
+        run_config, [TRAIN, TOLD] * 4, method="fedavg", weighting="uniform", client_dp="fixed", example_dp_noise=1.0
     )
 
     clients, images = found["mechanisms"]
@@ -85,15 +99,12 @@ def test_rounds_of_fedavg_have_a_total_for_each_unit(run_config):
 
 
 def test_prompts_and_rounds_add_up_and_what_nothing_hides_has_no_total(run_config):
-    rounds = [{"phase": "one-shot"}, FEDERATED]
-    embeddings = {
-        "prompt_level": "embedding", "embedding_summary": "mean", "embedding_clip": 10, "embedding_epsilon": 8.0,
-    }  # fmt: skip
+    releases = [PROMPTS, TRAIN, TOLD]
 
-    both = statement(run_config, rounds, **embeddings, example_dp_noise=1.0)
-    prompts_only = statement(run_config, rounds, **embeddings)
-    one_shot = statement(run_config, rounds[:1], **embeddings)
-    rounds_only = statement(run_config, rounds, example_dp_noise=1.0)
+    both = statement(run_config, releases, **EMBEDDINGS, example_dp_noise=1.0)
+    prompts_only = statement(run_config, releases, **EMBEDDINGS)
+    one_shot = statement(run_config, releases[:1], **EMBEDDINGS)
+    rounds_only = statement(run_config, releases, example_dp_noise=1.0)
 
     prompts, images = both["mechanisms"]
     assert both["total"][0]["epsilon"] == pytest.approx(8.0 + images["epsilon"])
@@ -107,7 +118,7 @@ def test_prompts_and_rounds_add_up_and_what_nothing_hides_has_no_total(run_confi
 
 def test_randomized_classes_and_noisy_rounds_bound_what_a_run_tells_of_a_client(run_config):
     found = statement(
-        run_config, [{"phase": "one-shot"}, FEDERATED], prompt_counts="withheld", classes_epsilon=0.5,
+        run_config, [PROMPTS, TRAIN], prompt_counts="withheld", classes_epsilon=0.5,
         weighting="uniform", client_dp="fixed",
     )  # fmt: skip
 
@@ -118,8 +129,64 @@ def test_randomized_classes_and_noisy_rounds_bound_what_a_run_tells_of_a_client(
 
 
 def test_noised_counts_hide_one_image_in_the_prompts(run_config):
-    found = statement(
-        run_config, [{"phase": "one-shot"}], prompt_counts="noised", counts_epsilon=2.0, weighting="uniform"
-    )
+    hidden = {"prompt_counts": "noised", "counts_epsilon": 2.0, "weighting": "uniform"}
 
-    assert [(item["unit"], item["epsilon"], item["delta"]) for item in found["total"]] == [("one image", 2.0, 1e-5)]
+    once, twice = (statement(run_config, [PROMPTS] * times, **hidden)["total"] for times in (1, 2))
+
+    assert [(item["unit"], item["epsilon"], item["delta"]) for item in once] == [("one image", 2.0, 1e-5)]
+    assert [(item["unit"], item["epsilon"], item["delta"]) for item in twice] == [("one image", 4.0, 2e-5)]
+
+
+def test_a_total_says_what_its_mechanisms_exclude(run_config):
+    both = statement(run_config, [PROMPTS, TRAIN, TOLD], **EMBEDDINGS, example_dp_noise=1.0)
+    clients = statement(run_config, [TRAIN], method="fedavg", weighting="uniform", client_dp="fixed")
+    counts = statement(run_config, [PROMPTS], prompt_counts="noised", weighting="uniform")
+
+    (sentence,) = (item["sentence"] for item in both["total"])
+    for excluded in ("its class", "numbers of prompts", "number of images", "held-out images"):
+        assert excluded in sentence.partition("Not bounded: ")[2]
+    assert "measures that it reports" in clients["total"][0]["sentence"]
+    assert "Not bounded" not in counts["total"][0]["sentence"]
+
+
+def test_clients_that_say_one_place_count_as_one_that_was_asked_for_all_of_them(run_config):
+    def epsilon(*places):
+        rows = [TRAIN | {"drawn": [2, 6], "places": list(asked)} for asked in places]
+        return statement(run_config, [*rows, TOLD], method="fedavg", example_dp_noise=1.0)["mechanisms"][0]["epsilon"]
+
+    def of_rounds(number):
+        return round(images_epsilon(1.0, [50, 100], number, batch_size=64, local_epochs=1, delta=1e-5), 4)
+
+    assert epsilon([0, 1], [2, 3], [4, 5]) == of_rounds(1)
+    assert epsilon([0, 1], [0, 2], [0, 3]) == of_rounds(3)
+    assert epsilon([0, 0], [0, 1], [1, 0]) == of_rounds(3)
+
+
+def test_rounds_that_asked_everybody_count_for_those_that_were_drawn_in_others(run_config):
+    named = TRAIN | {"drawn": [1, 3], "places": [7]}
+
+    found = statement(run_config, [TRAIN, named, TOLD], method="fedavg", example_dp_noise=1.0)["mechanisms"][0]
+
+    assert found["epsilon"] == round(images_epsilon(1.0, [50, 100], 2, batch_size=64, local_epochs=1, delta=1e-5), 4)
+
+
+def test_a_draw_that_the_ledger_names_lowers_no_bound(run_config):
+    drawn = [TRAIN | {"drawn": [1, 50]}] * 20
+    private = {"method": "fedavg", "weighting": "uniform", "client_dp": "fixed"}
+
+    secret = statement(run_config, drawn, **private)["mechanisms"][0]
+    named = statement(run_config, [row | {"places": [3]} for row in drawn], **private, example_dp_noise=1.0)
+
+    assert secret["epsilon"] == round(clients_epsilon(1.0, [(1, 50)] * 20, 1e-5), 4)
+    assert named["mechanisms"][0]["epsilon"] == round(clients_epsilon(1.0, [(1, 1)] * 20, 1e-5), 4)
+    assert secret["epsilon"] < named["mechanisms"][0]["epsilon"]
+
+
+def test_a_statement_of_a_version_that_named_no_exclusions_is_shown(run_config):
+    found = statement(run_config, [TRAIN], method="fedavg", weighting="uniform", client_dp="fixed")
+    for item in found["mechanisms"]:
+        del item["excludes"]
+
+    (section,) = privacy_sections(found)
+
+    assert section.tables[0].rows[0][-1] == found["mechanisms"][0]["protects"]

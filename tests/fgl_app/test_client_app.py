@@ -1,13 +1,15 @@
 import logging
 
+import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from PIL import Image
 
 from fgl_app.cards import load_card
 from fgl_app.client_app import app
 from fgl_app.models import to_arrays
 from fgl_app.phases import initial_arrays
-from fgl_app.records import decode_prompts, payload_of
+from fgl_app.records import decode_prompts, num_unreadable_of, payload_of
 
 
 def ask(run_config, message_type, node_config, content=None):
@@ -33,6 +35,20 @@ def test_training_returns_new_weights_and_the_number_of_images(run_config, setti
     assert first.content["metrics"]["num-examples"] >= 10
     assert not torch.equal(first.content["arrays"].to_torch_state_dict()[name], sent.to_torch_state_dict()[name])
     assert first.content["arrays"][name].data == second.content["arrays"][name].data
+
+
+@pytest.mark.parametrize(("prompt_counts", "told"), [("exact", 2), ("withheld", 0)])
+def test_hidden_counts_hide_the_number_of_unreadable_images(run_config, tmp_path, prompt_counts, told):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(tmp_path / name / f"{number}.png")
+        (tmp_path / name / "0.png").write_bytes(b"no image")
+    hidden = {"dataset": "folder", "class-names": "cat,dog", "prompt-counts": prompt_counts, "weighting": "uniform"}
+
+    reply = ask(run_config | hidden, "query.prompts", {"data-path": str(tmp_path)})
+
+    assert num_unreadable_of(reply) == told
 
 
 def test_a_failure_reaches_the_server_as_a_code_without_private_names(run_config, tmp_path, caplog):

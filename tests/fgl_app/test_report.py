@@ -248,10 +248,13 @@ def test_a_page_escapes_its_own_title():
 
 
 def test_the_page_states_epsilon_of_the_rounds_and_what_has_no_bound(make_fedavg, make_run):
-    rounds = {"example-dp-noise": 1.0, "prompt-level": "embedding", "embedding-clip": 5.0, "embedding-epsilon": 8.0}
+    prompts = {"prompt-level": "embedding", "embedding-clip": 5.0, "embedding-epsilon": 8.0}
 
-    private = write_report(make_run(**rounds, **{"run-name": "private"})).read_text()
+    half = write_report(make_run(**prompts, **{"run-name": "half"})).read_text()
+    private = write_report(make_run(**prompts, **{"run-name": "private", "example-dp-noise": 1.0})).read_text()
 
-    assert "nothing hides it in the model of every round" in private  # the made-up rounds say nothing of DP-SGD
-    assert "<td>8.00</td>" in private
+    assert "nothing hides it in the model of every round" in half
+    assert "<td>8.00</td>" in half
+    assert "is bounded by epsilon" in private
+    assert "Not bounded: its class and the numbers of prompts and of images (prompts)" in private
     assert "<h2>Privacy</h2>" not in write_report(make_fedavg()).read_text()

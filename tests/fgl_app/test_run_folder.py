@@ -94,6 +94,53 @@ def test_a_round_done_again_forgets_the_later_ones(folder):
     assert not (folder.path / "checkpoints" / "round-0003.safetensors").exists()
 
 
+def test_what_left_the_clients_is_remembered_over_starts_by_the_owner_alone(folder, settings):
+    folder.open_ledger().asked_for_prompts()
+    folder.open_ledger().asked_to_train(2, (3, 3), None)
+
+    rows = RunFolder(settings, resolve(settings)).open_ledger().rows
+
+    assert rows == [{"asked": "prompts"}, {"asked": "train", "round": 2, "drawn": [3, 3]}]
+    assert (folder.path / "releases.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("noise", "kept"), [(0.0, {}), (1.0, {"places": [1, 4]})])
+def test_the_ledger_names_drawn_clients_for_dp_sgd_alone(run_config, noise, kept):
+    settings = parse_run_config(run_config | {"example-dp-noise": noise})
+    ledger = RunFolder(settings, resolve(settings)).open_ledger()
+
+    ledger.asked_to_train(1, (2, 6), [4, 1])
+    ledger.told([30, 20])
+    ledger.told([20, 30])
+
+    assert ledger.rows[0] == {"asked": "train", "round": 1, "drawn": [2, 6]} | kept
+    assert ledger.rows[1:] == ([{"num_examples": [20, 30]}] if noise else [])
+
+
+def test_kept_rounds_of_a_version_without_a_ledger_stand_in_for_it_and_stay(folder):
+    folder.save_round(row(1) | {"phase": "one-shot"}, arrays(1.0))
+    folder.save_round(row(2) | {"drawn": [2, 6], "num_examples": {"0": 40, "5": 30}}, arrays(2.0))
+    folder.save_round(row(3) | {"drawn": [2, 6], "refused": [{"client": 4}]}, arrays(3.0))
+    earlier = [
+        {"asked": "train", "round": 2, "drawn": [2, 6], "num_examples": [30, 40]},
+        {"asked": "train", "round": 3, "drawn": [2, 2]},  # it was written who was drawn
+    ]
+
+    assert folder.open_ledger().rows == earlier
+    folder.open_ledger().asked_to_train(2, (3, 3), None)
+    folder.save_round(row(2), arrays(9.0))  # forgets the kept rounds 2 and 3
+
+    assert folder.open_ledger().rows == [*earlier, {"asked": "train", "round": 2, "drawn": [3, 3]}]
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", b"\xff", b"[1]\n"])
+def test_a_damaged_ledger_is_refused(folder, content):
+    (folder.path / "releases.jsonl").write_bytes(content)
+
+    with pytest.raises(RunFolderError, match=r"releases.jsonl.* is damaged, and epsilon cannot be stated"):
+        folder.open_ledger()
+
+
 def test_a_damaged_checkpoint_is_named(folder):
     folder.save_round(row(1), arrays(1.0))
     (folder.path / "checkpoints" / "round-0001.safetensors").write_bytes(b"damaged")
@@ -148,6 +195,7 @@ def test_the_three_accuracies_are_what_their_names_say(settings):
     results = summarize(
         settings,
         rounds,
+        releases=[],
         prompt_round=None,
         synthesis=SynthesisReport(10, 4, 6, {"rejected": 1}, {"0": 0.25}, 2.0, 3.0),
         store_hash="ab",

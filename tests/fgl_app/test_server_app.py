@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 from fgl_app.cards import load_card
 from fgl_app.checks import check_settings
 from fgl_app.config import parse_run_config
+from fgl_app.files import read_json_lines
 from fgl_app.phases import initial_arrays
+from fgl_app.privacy.accounting import images_epsilon
 from fgl_app.reporting.report import write_report
 from fgl_app.server_app import run
 
@@ -17,10 +19,12 @@ from fgl_app.server_app import run
 def train_rounds(make_grid, run_config, tmp_path):
     """Return a function that starts a run, or goes on with it, and returns its folder."""
 
-    def go(name, rounds, **overrides):
+    def go(name, rounds, *, prepare=lambda grid: None, **overrides):
         changed = {key.replace("_", "-"): value for key, value in overrides.items()}
         config = run_config | changed | {"run-name": name, "num-server-rounds": rounds}
-        run(make_grid(**overrides), check_settings(parse_run_config(config)))
+        grid = make_grid(**overrides)
+        prepare(grid)
+        run(grid, check_settings(parse_run_config(config)))
         return tmp_path / "runs" / name
 
     return go
@@ -132,6 +136,102 @@ def test_private_rounds_state_their_epsilon_and_a_resumed_run_counts_those_of_th
         assert before["epsilon"] < after["epsilon"]
     assert [row["drawn"] for row in found["rounds"]] == [[3, 3]] * 3
     assert "gradient_diversity" not in found["rounds"][0]
+    assert not [row for row in found["rounds"] if "num_examples" in row]
+
+
+PRIVATE = {"method": "fedavg", "weighting": "uniform", "client_dp": "fixed", "example_dp_noise": 2.0, "batch_size": 16}
+
+
+def epsilons(folder):
+    mechanisms = json.loads((folder / "results.json").read_text())["privacy"]["mechanisms"]
+    return [item["epsilon"] for item in mechanisms]
+
+
+def kill_after_replies(grid):
+    answer = grid.send_and_receive
+
+    def killed(messages, **options):
+        list(answer(messages, **options))
+        raise SystemExit
+
+    grid.send_and_receive = killed
+
+
+def test_epsilon_counts_a_round_whose_replies_came_before_the_server_was_killed(train_rounds):
+    of_one, of_two = (epsilons(train_rounds(f"whole-{rounds}", rounds, **PRIVATE)) for rounds in (1, 2))
+
+    with pytest.raises(SystemExit):
+        train_rounds("killed", 1, **PRIVATE, prepare=kill_after_replies)
+    found = epsilons(train_rounds("killed", 1, **PRIVATE))
+
+    assert found == of_two
+    assert found > of_one
+
+
+def test_epsilon_does_not_fall_when_a_checkpoint_is_deleted_or_fewer_rounds_are_asked_for(train_rounds):
+    of_three = epsilons(train_rounds("three", 3, **PRIVATE))
+    of_two = train_rounds("again", 2, **PRIVATE)
+    (of_two / "checkpoints" / "round-0002.safetensors").unlink()
+
+    assert epsilons(train_rounds("again", 2, **PRIVATE)) == of_three
+    assert epsilons(train_rounds("again", 1, **PRIVATE)) == of_three
+
+
+def test_a_client_at_the_place_of_another_takes_nothing_off_epsilon(train_rounds):
+    def small_and_large_at_one_place(grid):
+        for node, num_partitions in ((1000, 20), (1001, 2)):
+            grid.node_configs[node] = {"partition-id": 0, "num-partitions": num_partitions}
+
+    private = {key: value for key, value in PRIVATE.items() if key != "client_dp"}
+    folder = train_rounds("same", 2, **private, num_clients=2, partition="iid", prepare=small_and_large_at_one_place)
+
+    (numbers,) = (row["num_examples"] for row in read_json_lines(folder / "releases.jsonl") if len(row) == 1)
+    bounds = [images_epsilon(2.0, [number], 2, batch_size=16, local_epochs=1, delta=1e-5) for number in numbers]
+    assert len(numbers) == 2
+    assert bounds[0] > bounds[1]  # of the small one
+    assert epsilons(folder) == [round(bounds[0], 4)]
+
+
+def test_prompts_that_were_asked_for_twice_count_twice(train_rounds):
+    hidden = {"prompt_counts": "withheld", "classes_epsilon": 0.5, "weighting": "uniform"}
+
+    with pytest.raises(SystemExit):
+        train_rounds("twice", 1, **hidden, prepare=kill_while_prompts_come)
+
+    assert epsilons(train_rounds("twice", 1, **hidden)) == [1.0, 10.0]
+    assert epsilons(train_rounds("twice", 1, **hidden)) == [1.0, 10.0]  # nobody is asked again
+
+
+def kill_while_prompts_come(grid):
+    def killed(message_ids):
+        raise SystemExit
+
+    grid.pull_messages = killed
+
+
+def test_nothing_written_says_who_was_drawn_where_privacy_counts_on_it(train_rounds):
+    private = {key: value for key, value in PRIVATE.items() if key != "example_dp_noise"}
+
+    def fail_the_first(grid):
+        send = grid.send_and_receive
+
+        def sent(messages, **options):
+            messages = list(messages)
+            if messages and messages[0].metadata.message_type == "train":
+                grid.broken = {messages[0].metadata.dst_node_id}
+            return send(messages, **options)
+
+        grid.send_and_receive = sent
+
+    folder = train_rounds("secret", 2, **private, fraction_train=0.5, client_dp_noise=0.01, prepare=fail_the_first)
+
+    rounds = json.loads((folder / "results.json").read_text())["rounds"]
+    refused = [item for row in rounds for item in row["refused"]]
+    assert {(item["client"], item["node"], item["count"]) for item in refused} == {(None, None, 1)}
+    assert "not named" in write_report(folder).read_text()
+    assert read_json_lines(folder / "releases.jsonl") == [
+        {"asked": "train", "round": number, "drawn": [2, 3]} for number in (1, 2)
+    ]
 
 
 def test_clients_that_train_privately_withhold_their_losses(make_grid, settings):

@@ -3,7 +3,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fgl_app.phases import initial_arrays, parameter_names
-from fgl_app.records import training_metrics
+from fgl_app.records import client_record, training_metrics
 from strategies import CheckedRounds
 from strategies.inner import build_inner
 from strategies.rounds import update_metrics
@@ -138,3 +138,50 @@ def test_a_client_does_not_choose_its_weight_in_the_unweighted_mean(make_grid):
     arrays, _ = strategy.aggregate_train(1, replies)
 
     assert arrays["weight"].numpy().tolist() == [2.0]
+
+
+class Rows:
+    """A ledger that keeps what it is told."""
+
+    def __init__(self):
+        self.rows = []
+
+    def asked_to_train(self, server_round, drawn, places):
+        self.rows.append((server_round, drawn, places))
+
+    def told(self, num_examples):
+        self.rows.append(set(num_examples))
+
+
+def test_the_ledger_is_told_before_clients_are_asked_and_of_refused_replies_too(make_grid):
+    ledger = Rows()
+    inner = build_inner("FedAvg", "", num_selected=4, weighting="examples", evaluate_on_clients=False)
+    strategy = CheckedRounds(inner, num_clients=4, rounds_done=6, ledger=ledger)
+
+    questions = list(strategy.configure_train(1, record([0.0]), ConfigRecord(), make_grid(num_clients=4)))
+    assert ledger.rows == [(7, (4, 4), None)]
+    replies = []
+    for question, value, number in zip(questions, (1.0, np.nan, 2.0), (10, 20, 0), strict=False):  # one is silent
+        metrics = MetricRecord(dict(training_metrics(10, 0.5)) | {"num-examples": number})
+        content = RecordDict({"arrays": record([value]), "metrics": metrics, "client": client_record(0)})
+        replies.append(Message(content, reply_to=question))
+    strategy.aggregate_train(1, replies)
+
+    assert ledger.rows[1:] == [{10, 20}]  # not finite, but sent; 0 images cannot be
+
+
+def test_the_ledger_is_told_the_places_of_drawn_clients(make_grid):
+    ledger, grid = Rows(), make_grid(num_clients=4, partition="iid")
+    grid.node_configs[1003]["partition-id"] = 0
+    inner = build_inner("FedAvg", "", num_selected=3, weighting="examples", evaluate_on_clients=False)
+    strategy = CheckedRounds(inner, num_clients=4, fraction_train=0.75, ledger=ledger)
+
+    asked = [
+        [question.metadata.dst_node_id for question in strategy.configure_train(1, record([0.0]), ConfigRecord(), grid)]
+        for _ in range(2)
+    ]
+
+    said = {1000: 0, 1001: 1, 1002: 2, 1003: 0}
+    assert [(drawn, sorted(places)) for _, drawn, places in ledger.rows] == [
+        ((3, 4), sorted(said[node] for node in nodes)) for nodes in asked
+    ]
