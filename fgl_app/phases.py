@@ -162,7 +162,7 @@ def draw_synthetic_set(
     """
 
     def report_progress(line: str) -> None:
-        log(INFO, "%s", line)
+        log(WARNING if "warning:" in line else INFO, "%s", line)
         listen()
 
     images, report = synthesize(

@@ -175,15 +175,19 @@ def _run_worker(
 
 
 def _pass_on(stream: IO[bytes], log_file: TextIO, report_progress: Callable[[str], None]) -> str:
-    """Read lines, and the carriage returns of a progress bar, until the worker ends; return its own error sentence."""
+    """Read lines, and the carriage returns of a progress bar, until the worker ends; return its own error sentence.
+
+    Only lines of our own are passed on, progress and warnings: those of libraries may quote prompts.
+    """
     buffer, error, reported = b"", "", 0.0
     while chunk := os.read(stream.fileno(), 4096):
         *lines, buffer = re.split(rb"[\r\n]+", buffer + chunk)
         for line in (raw.decode(errors="replace").strip() for raw in lines):
             if line.startswith("synthesis:"):
-                if time.monotonic() - reported >= _PROGRESS_INTERVAL_S or "100%" in line:
+                is_bar = "%|" in line
+                if not is_bar or time.monotonic() - reported >= _PROGRESS_INTERVAL_S or "100%" in line:
                     report_progress(line)
-                    reported = time.monotonic()
+                    reported = time.monotonic() if is_bar else reported
             elif line:
                 log_file.write(line + "\n")
                 error = line.removeprefix("error: ") if line.startswith("error: ") else error

@@ -21,7 +21,7 @@ from fgl_app.prompts import MergedPrompts, PromptBudget, PromptCount
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import load_generator, load_pipeline
-from fgl_app.synthesis.launch import synthesize
+from fgl_app.synthesis.launch import _pass_on, synthesize
 from fgl_app.synthesis.plan import UNIT_SIZE, DrawSettings, Plan, Unit
 from fgl_app.synthesis.worker import work
 
@@ -212,6 +212,20 @@ def test_the_worker_process_reports_progress_and_its_store_is_read_back(tmp_path
     assert 0 < again.reused_seconds < report.seconds  # what drawing took, without the start of the worker
     assert any("5/5" in line and "image/s" in line for line in lines)
     assert synthesize(plan, tmp_path / "store", tmp_path, lines.append)[1].generated == 0
+
+
+def test_warnings_of_the_worker_are_passed_on_between_reports_of_progress(tmp_path):
+    bar, warning = "synthesis:  40%|####      | 2/5", "synthesis: warning: the UNet runs uncompiled"
+    lines: list[str] = []
+    with (tmp_path / "stderr").open("w+b") as stream, (tmp_path / "log").open("w") as log:
+        stream.write(f"{bar}\r{warning}\n{bar}\rwarning: of a library\n".encode())
+        stream.flush()
+        os.lseek(stream.fileno(), 0, os.SEEK_SET)
+
+        _pass_on(stream, log, lines.append)
+
+    assert lines == [bar, warning]
+    assert (tmp_path / "log").read_text() == "warning: of a library\n"
 
 
 def test_a_failing_worker_is_an_error_with_its_reason(tmp_path):
