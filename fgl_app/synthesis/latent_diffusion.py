@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class LatentDiffusion:
         pipeline.vae.to(memory_format=torch.channels_last)
         unet = PlainUNet(pipeline.unet)
         self._time_embedding, self._full, self._shallow = unet.time_embedding, unet.full, unet.shallow
+        # Engines on other threads share the tokenizer, which cannot pad for two of them at once.
+        self._encoding = threading.Lock()
         if self._device.type == "cuda" and _can_compile():
             self._full = torch.compile(unet.full, fullgraph=True)
             self._shallow = torch.compile(unet.shallow, fullgraph=True)
@@ -152,7 +155,8 @@ class LatentDiffusion:
         for start in range(0, len(distinct), _ENCODE_BATCH):
             batch = distinct[start : start + _ENCODE_BATCH]
             padded = batch + [""] * (_ENCODE_BATCH - len(batch))
-            states, _ = self._pipeline.encode_prompt(padded, self._device, 1, False)
+            with self._encoding:
+                states, _ = self._pipeline.encode_prompt(padded, self._device, 1, False)
             encoded |= dict(zip(batch, states, strict=False))
         return encoded
 

@@ -1,6 +1,8 @@
 """The own denoising loop against the pipelines of diffusers, on the shipped model and the same noise."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -227,3 +229,37 @@ def test_kernels_are_compiled_only_where_a_compiler_and_the_headers_of_python_ar
     assert lacking_for_compilation(here, headers) is None
     assert lacking_for_compilation(here | {"CC": "mycc"}, headers) is None
     assert "a C compiler" in (lacking_for_compilation(here | {"CC": "absent"}, headers) or "")  # Triton calls no other
+
+
+def at_once(work, count: int) -> list:
+    """Call ``work`` with 0, 1, … on as many threads, which begin together."""
+    together = threading.Barrier(count)
+
+    def begin(number: int):
+        together.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+def test_threads_that_share_a_tokenizer_encode_texts_of_any_length_at_once():
+    generator = load_generator(SETTINGS, CPU)
+    prompts = [[(f"{number} " + "seven " * (40 * length), "") for number in range(15)] for length in range(1, 9)]
+    expected = [torch.stack(generator.encode(each)) for each in prompts]
+
+    def encode_often(number: int) -> bool:
+        return all(torch.equal(torch.stack(generator.encode(prompts[number])), expected[number]) for _ in range(10))
+
+    assert all(at_once(encode_often, len(prompts)))
+
+
+def test_threads_that_share_a_pipeline_draw_what_each_draws_alone():
+    _, pipeline = both(dataclasses.replace(SETTINGS, scheduler="dpm-solver++", num_inference_steps=4))
+    prompts = [[("seven " * length, ""), ("zero", "bold " * length)] for length in range(1, 5)]
+    expected = [images(pipeline, each, SEEDS[:2]) for each in prompts]
+
+    def draw_often(number: int) -> bool:
+        return all(torch.equal(images(pipeline, prompts[number], SEEDS[:2]), expected[number]) for _ in range(5))
+
+    assert all(at_once(draw_often, len(prompts)))
