@@ -19,6 +19,7 @@ from fgl_app.errors import ModelError, SynthesisError
 from fgl_app.phases import draw_plan
 from fgl_app.prompts import MergedPrompts, PromptBudget, PromptCount
 from fgl_app.store import UnitStore, as_ids
+from fgl_app.synthesis.cluster import plan_of_actor
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import load_generator, load_pipeline
 from fgl_app.synthesis.launch import _pass_on, synthesize
@@ -342,6 +343,15 @@ def test_actors_of_ray_draw_the_same_images_and_survive_the_death_of_one(tmp_pat
     assert store.content_hash(wanted) == store_of(plan, tmp_path / "alone").content_hash(wanted)
     held = [json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")]
     assert sum(held) == 400  # no image was drawn twice
+
+
+def test_an_actor_draws_the_same_identities_on_the_one_gpu_that_it_sees():
+    second = dataclasses.replace(plan_of(PromptBudget(0, "zero", 3)), device="cuda:1")
+
+    seen = plan_of_actor(second)
+
+    assert seen.device == "cuda"
+    assert list(seen.samples()) == list(second.samples())
 
 
 def test_an_unreachable_cluster_is_one_sentence(tmp_path):
