@@ -15,6 +15,7 @@ from torch import nn
 
 from fgl_app import tiny
 from fgl_app.data.images import HeldOut, ImageSet
+from fgl_app.foundation_models import content_of, identity_of
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
 from fgl_app.prompts import MergedPrompts, spread_budget
 from fgl_app.prompts.expansion import LanguageModelWriter, expand, templates_writer
@@ -78,16 +79,24 @@ def parameter_names(settings: Settings, class_names: Sequence[str]) -> frozenset
 
 def resolve(settings: Settings) -> dict[str, str]:
     """Say what the settings come to on this machine, for ``config.json``."""
-    shipped = tiny.folder_of(tiny.DIFFUSION).name, tiny.folder_of(tiny.CAPTIONER).name
+    synthesis, captioner = settings.synthesis, settings.prompts.captioner
+    weights = {"lora": synthesis.lora, "decoder": synthesis.decoder, "filter": synthesis.filter}
     return {
         "output_dir": str(Path(settings.run.output_dir).expanduser()),
         "device": str(pick_device(settings.run.device)),
         "data_set": settings.card.title,
         "card": settings.card.digest(),
         "class_names": ",".join(settings.card.class_names()),
-        "generator": shipped[0] if settings.synthesis.generator == "tiny" else settings.synthesis.generator,
-        "captioner": shipped[1] if settings.prompts.captioner == "tiny" else settings.prompts.captioner,
+        "generator": _with_content(synthesis.generator, tiny.DIFFUSION),
+        "captioner": _with_content(captioner, tiny.CAPTIONER),
+        **{key: _with_content(value) for key, value in weights.items() if content_of(value)},
     }
+
+
+def _with_content(source: str, shipped: str | None = None) -> str:
+    """Name a foundation model so that another one at its place has another name."""
+    content = content_of(source)
+    return f"{source} ({content})" if content else str(identity_of(source, shipped)[0])
 
 
 def write_server_prompts(settings: Settings) -> MergedPrompts:
@@ -139,6 +148,7 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
             generation_size=chosen.generation_size,
             stored_size=chosen.stored_size,
             seed=settings.run.seed,
+            contents=content_of(chosen.generator, chosen.lora, chosen.decoder, chosen.filter),
         ),
         tuple(spread_budget(merged.prompts, chosen.images_per_class, chosen.prompt_budget == "uniform")),
         {name: settings.prompt_form(name or None).negative for name in ("", *settings.card.domains)},

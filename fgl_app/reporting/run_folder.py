@@ -28,8 +28,9 @@ FREE_KEYS = {
     "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "data-dir",
     "min-clients", "connect-timeout-s", "prompt-deadline-s", "round-deadline-s",
 }  # fmt: skip
-IDENTITIES = ("card", "generator", "captioner")
-"""What is known by its content: a run does not go on, nor counts in a comparison, with another."""
+IDENTITIES = ("card", "generator", "captioner", "lora", "decoder", "filter")
+"""What is known by its content: a run does not go on, nor counts in a comparison, with another. The last three are
+resolved where they are folders."""
 _PACKAGES = ("flwr", "flwr-datasets", "torch", "torchvision", "diffusers", "transformers", "scikit-learn", "numpy")
 _CHECKPOINT = re.compile(r"round-(\d{4})\.safetensors")
 

@@ -59,10 +59,14 @@ class DrawSettings:
     """Larger images are reduced to this side, px."""
     seed: int
     """The run's seed."""
+    contents: str = ""
+    """Hash of the content of the folders among generator, LoRA, decoder and filter; empty if none is a folder."""
 
     def digest(self) -> str:
         """Hash that is equal for equal settings."""
-        return hashlib.sha256(canonical_json(asdict(self))).hexdigest()
+        # An image from hub ids or shipped models keeps the identity that it had before there were `contents`.
+        told = {key: value for key, value in asdict(self).items() if key != "contents" or value}
+        return hashlib.sha256(canonical_json(told)).hexdigest()
 
 
 @dataclass(frozen=True)

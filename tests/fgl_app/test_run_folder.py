@@ -160,3 +160,18 @@ def test_a_run_does_not_go_on_with_another_card_or_model_of_the_same_name(folder
     for key in ("card", "generator", "captioner"):
         with pytest.raises(RunFolderError, match=f"the {key} it began with"):
             RunFolder(settings, resolve(settings) | {key: "another"})
+
+
+@pytest.mark.parametrize("key", ["generator", "lora", "decoder", "filter"])
+def test_a_run_does_not_go_on_with_a_retrained_model_in_the_same_folder(run_config, tmp_path, key):
+    weights = tmp_path / "model" / "weights.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"first")
+    settings = parse_run_config(run_config | {key: str(weights.parent)})
+    RunFolder(settings, resolve(settings))
+    RunFolder(settings, resolve(settings))
+
+    weights.write_bytes(b"retrained")
+
+    with pytest.raises(RunFolderError, match=f"the {key} it began with"):
+        RunFolder(settings, resolve(settings))

@@ -288,6 +288,28 @@ def test_on_a_cpu_the_batch_size_of_the_settings_changes_nothing(run_config, tmp
     assert plans[0] == plans[1]
 
 
+def test_images_of_the_shipped_generator_keep_their_identities():
+    (sample,) = plan_of(PromptBudget(0, "zero", 1)).samples()
+
+    assert SETTINGS.digest()[:16] == "ffa143e601d888f4"
+    assert sample.sample_id.hex() == "b25d10f866eb86fdc2a69e95634efd6b"
+
+
+@pytest.mark.parametrize("key", ["generator", "lora", "decoder", "filter"])
+def test_a_retrained_model_at_the_same_place_draws_other_images(run_config, tmp_path, key):
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    settings = parse_run_config(run_config | {key: str(tmp_path)})
+    prompts = MergedPrompts((PromptCount(0, "zero", 1),), ("zero", "one"))
+    ids = []
+
+    for content in (b"first", b"retrained"):
+        weights.write_bytes(content)
+        ids.append({sample.sample_id for sample in draw_plan(settings, prompts, tmp_path / "none").samples()})
+
+    assert ids[0].isdisjoint(ids[1])
+
+
 def test_images_drawn_at_another_shape_or_device_are_not_mixed_though_their_noise_is_the_same():
     budget = PromptBudget(0, "zero", 3)
     plan = plan_of(budget)
