@@ -22,6 +22,7 @@ from fgl_app.prompts.expansion import LanguageModelWriter, expand, templates_wri
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings
+from fgl_app.store import Ids
 from fgl_app.synthesis.launch import SynthesisReport, synthesize
 from fgl_app.synthesis.plan import CPU_BATCH_SIZE, DrawSettings, Plan
 from fgl_app.training import Evaluation, evaluate, pick_device, train
@@ -160,7 +161,7 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
 
 
 def draw_synthetic_set(
-    settings: Settings, plan: Plan, folder: RunFolder, listen: Callable[[], None]
+    settings: Settings, plan: Plan, folder: RunFolder, listen: Callable[[], None], drawn_before: Ids
 ) -> tuple[ImageSet, SynthesisReport]:
     """Draw what is missing and return the synthetic set at the classifier's image size.
 
@@ -169,6 +170,7 @@ def draw_synthetic_set(
         plan: What to draw.
         folder: Of the run.
         listen: Called every few seconds meanwhile.
+        drawn_before: What this start drew already, for the prompts that were there before those of a late client.
     """
 
     def report_progress(line: str) -> None:
@@ -184,6 +186,7 @@ def draw_synthetic_set(
         num_workers=settings.synthesis.synthesis_workers,
         ray_address=settings.synthesis.ray_address,
         wait_s=settings.synthesis.synthesis_wait_s,
+        drawn_before=drawn_before,
     )
     log(INFO, "synthesis: %s images, %s drawn now, %s reused", report.images, report.generated, report.reused)
     for reason, count in report.left_out.items():

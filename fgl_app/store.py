@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,19 @@ class SampleIndex:
         """Return for each identity whether the store has settled it: drawn, or found impossible to draw."""
         return np.asarray(self.find(wanted) >= 0)
 
-    def count(self, wanted: Ids, unit_ids: Sequence[str]) -> int:
-        """Return how many of the images lie in the units named."""
-        at = self.find(wanted)
+    def within(self, wanted: Ids, unit_ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Return for each identity whether its image lies in one of the units named; all are in the store."""
         numbers = [self.units.index(unit_id) for unit_id in unit_ids]
-        return int(np.isin(self.unit[at[at >= 0]], numbers).sum())
+        return np.isin(self.unit[self.find(wanted)], numbers)
+
+    def left_out(self, wanted: Ids) -> Counter[str]:
+        """Return the number of the images that were left out when they were drawn, by reason."""
+        reasons: dict[str, str] = {}
+        for manifest in self.of(wanted):
+            reasons |= manifest["left_out"]
+        at = self.find(wanted)
+        absent = self.ids[at[at >= 0]][self.row[at[at >= 0]] < 0].view("V16")
+        return Counter(reasons[each.tobytes().hex()] for each in absent)
 
     def of(self, wanted: Ids) -> list[Mapping[str, Any]]:
         """Return the manifests of the units that hold any of the images."""

@@ -215,6 +215,33 @@ def test_the_worker_process_reports_progress_and_its_store_is_read_back(tmp_path
     assert synthesize(plan, tmp_path / "store", tmp_path, lines.append)[1].generated == 0
 
 
+def test_images_that_this_start_drew_for_other_prompts_are_not_reused(tmp_path):
+    early = plan_of(PromptBudget(0, "zero", 5), PromptBudget(1, "one", 2))
+    late = plan_of(PromptBudget(0, "zero", 1), PromptBudget(1, "one", 3))
+
+    _, before = synthesize(early, tmp_path / "store", tmp_path, print)
+    _, report = synthesize(late, tmp_path / "store", tmp_path, print, drawn_before=before.drawn)
+    _, again = synthesize(late, tmp_path / "store", tmp_path, print)
+
+    assert (report.images, report.generated, report.reused, report.reused_seconds) == (4, 7 + 1, 0, 0.0)
+    assert (again.images, again.generated, again.reused) == (4, 0, 4)
+    assert again.reused_seconds > 0
+
+
+def test_images_that_were_left_out_are_not_counted_as_part_of_the_set(tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", 3))
+    (unit,) = plan.units()
+    bad, *good = unit.samples
+    drawn = engine_of(plan).draw(Unit(tuple(good)))
+    others = {bad.sample_id.hex(): "not finite", (b"\0" * 16).hex(): "of another plan"}
+    store_of(plan, tmp_path / "store").commit(unit.unit_id, drawn.tensors, {"left_out": others, "seconds": 1.0})
+
+    images, report = synthesize(plan, tmp_path / "store", tmp_path, print)
+
+    assert len(images) == report.images == 2
+    assert (report.reused, report.left_out) == (3, {"not finite": 1})
+
+
 def test_warnings_of_the_worker_are_passed_on_between_reports_of_progress(tmp_path):
     bar, warning = "synthesis:  40%|####      | 2/5", "synthesis: warning: the UNet runs uncompiled"
     lines: list[str] = []
