@@ -24,7 +24,7 @@ from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings
 from fgl_app.store import Ids
 from fgl_app.synthesis.launch import SynthesisReport, synthesize
-from fgl_app.synthesis.plan import CPU_BATCH_SIZE, DrawSettings, Plan
+from fgl_app.synthesis.plan import DrawSettings, Plan, draw_batch_size
 from fgl_app.training import Evaluation, evaluate, pick_device, train
 
 _ALARMING_REJECTION_RATE = 0.5
@@ -156,7 +156,7 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
         tuple(settings.card.prompt_names(merged.class_names)),
         str(embeddings_file) if merged.embeddings else "",
         str(device),
-        CPU_BATCH_SIZE if device.type == "cpu" else chosen.synthesis_batch_size,
+        draw_batch_size(str(device), chosen.synthesis_batch_size),
     )
 
 
@@ -189,6 +189,15 @@ def draw_synthetic_set(
         drawn_before=drawn_before,
     )
     log(INFO, "synthesis: %s images, %s drawn now, %s reused", report.images, report.generated, report.reused)
+    if (smallest := min(report.batch_sizes, default=plan.batch_size)) < plan.batch_size:
+        log(
+            WARNING,
+            "synthesis: memory ran out: some images were drawn %s at a time, not %s, and on a GPU rounded otherwise "
+            "than with more memory; a new run with `synthesis-batch-size` %s can be repeated to the last bit",
+            smallest,
+            plan.batch_size,
+            smallest,
+        )
     for reason, count in report.left_out.items():
         log(WARNING, "synthesis: %s images are left out: %s", count, reason)
     for group, rate in report.rejection_rates.items():

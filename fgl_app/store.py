@@ -85,12 +85,21 @@ class SampleIndex:
 
     def left_out(self, wanted: Ids) -> Counter[str]:
         """Return the number of the images that were left out when they were drawn, by reason."""
-        reasons: dict[str, str] = {}
-        for manifest in self.of(wanted):
-            reasons |= manifest["left_out"]
+        reasons = {
+            bytes.fromhex(key): str(reason)
+            for manifest in self.of(wanted)
+            for key, reason in manifest["left_out"].items()
+        }
         at = self.find(wanted)
         absent = self.ids[at[at >= 0]][self.row[at[at >= 0]] < 0].view("V16")
-        return Counter(reasons[each.tobytes().hex()] for each in absent)
+        return Counter(reasons[each.tobytes()] for each in absent)
+
+    def batch_sizes(self, wanted: Ids) -> tuple[int, ...]:
+        """Return how many images were drawn at a time in the units that hold any of the images, each number once.
+
+        Older units do not tell.
+        """
+        return tuple(sorted({int(manifest["batch_size"]) for manifest in self.of(wanted) if "batch_size" in manifest}))
 
     def of(self, wanted: Ids) -> list[Mapping[str, Any]]:
         """Return the manifests of the units that hold any of the images."""
@@ -294,6 +303,7 @@ class UnitStore:
                     and isinstance(manifest["sha256"], str)
                     and 0 <= float(manifest.setdefault("seconds", 0.0)) < float("inf")
                     and all(0 <= rejected <= seen for seen, rejected in manifest.get("judged", {}).values())
+                    and int(manifest.get("batch_size", 1)) > 0
                 )
             except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 continue

@@ -45,6 +45,8 @@ class SynthesisReport:
     """Wall-clock seconds, start of the worker included."""
     reused_seconds: float
     """What drawing the reused images took when they were drawn, by this run or by another that shares its store."""
+    batch_sizes: tuple[int, ...] = ()
+    """Images drawn at a time, each number once: smaller ones than the plan's where memory ran out."""
     drawn: Ids = field(default_factory=lambda: as_ids([]), repr=False, compare=False)
     """Identities of the images that this start drew."""
 
@@ -123,6 +125,7 @@ def synthesize(
         {group: rejected[group] / seen for group, seen in judged.items()},
         time.monotonic() - started,
         index.seconds(reused),
+        index.batch_sizes(wanted),
         drawn,
     )
 

@@ -174,9 +174,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on():
     plan = plan_of(PromptBudget(0, "zero", 11))
     engine = Engine(plan, OutOfMemory(load_generator(plan.settings, CPU), 3), {}, list, 8)
 
+    (unit,) = plan.units()
+    assert engine.draw(unit).batch_size == 2  # the store is told
     drawn = draw(plan, engine)
 
-    assert engine.batch_size == 2
+    assert engine_of(plan).draw(unit).batch_size == plan.batch_size
     largest = max((drawn[key].float() - image.float()).abs().max() for key, image in draw(plan).items())
     assert largest <= 1
     with pytest.raises(SynthesisError, match="one image at a time"):

@@ -234,12 +234,14 @@ def test_images_that_were_left_out_are_not_counted_as_part_of_the_set(tmp_path):
     bad, *good = unit.samples
     drawn = engine_of(plan).draw(Unit(tuple(good)))
     others = {bad.sample_id.hex(): "not finite", (b"\0" * 16).hex(): "of another plan"}
-    store_of(plan, tmp_path / "store").commit(unit.unit_id, drawn.tensors, {"left_out": others, "seconds": 1.0})
+    store_of(plan, tmp_path / "store").commit(
+        unit.unit_id, drawn.tensors, {"left_out": others, "seconds": 1.0, "batch_size": 4}
+    )
 
     images, report = synthesize(plan, tmp_path / "store", tmp_path, print)
 
     assert len(images) == report.images == 2
-    assert (report.reused, report.left_out) == (3, {"not finite": 1})
+    assert (report.reused, report.left_out, report.batch_sizes) == (3, {"not finite": 1}, (4,))
 
 
 def test_warnings_of_the_worker_are_passed_on_between_reports_of_progress(tmp_path):
