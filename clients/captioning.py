@@ -151,15 +151,6 @@ def resolved_dtype(dtype: str, device: torch.device) -> str:
     return ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
 
 
-def identity_of(source: str) -> tuple[str | int, ...]:
-    """Tell captioners apart: the shipped one by its checksum, a folder by its files' names, sizes and times."""
-    if source == "tiny":
-        return (tiny.folder_of(tiny.CAPTIONER).name,)
-    folder = Path(os.path.expanduser(source))
-    files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
-    return (source, *(part for path in files for part in (path.name, path.stat().st_size, path.stat().st_mtime_ns)))
-
-
 class CachedCaptioner:
     """Captions images once: each caption is kept on this node under the image's hash, so that an interruption resumes.
 

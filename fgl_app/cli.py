@@ -220,6 +220,8 @@ def stats_command(
             f"{held.num_units:,} units, {held.num_bytes:,} bytes, drawn in {held.seconds:,.0f} s, "
             f"{held.num_left_out} left out"
         )
+        if held.batch_sizes:
+            typer.echo(f"drawn at a time: {', '.join(map(str, held.batch_sizes))}")
         typer.echo("images by label: " + ", ".join(f"{label}: {count:,}" for label, count in held.per_label.items()))
 
 

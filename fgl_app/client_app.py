@@ -26,9 +26,11 @@ from clients.defences import (
 )
 from clients.local_training import evaluate_held_out, train_locally
 from clients.prompting import Captioner, write_prompts
+from fgl_app import tiny
 from fgl_app.config import parse_run_config
 from fgl_app.data.sources import ClientData, load_client_data
 from fgl_app.errors import DataError, FGLError, PromptError
+from fgl_app.foundation_models import identity_of
 from fgl_app.models import build_model, from_arrays, to_arrays
 from fgl_app.privacy.prompt_leaks import public_words
 from fgl_app.prompts import PromptCount, class_prompts
@@ -227,7 +229,7 @@ def _with_private_counts(
 
 
 def _captioner(settings: Settings, context: Context) -> Captioner:
-    from clients.captioning import CachedCaptioner, HubCaptioner, identity_of, resolved_dtype  # seconds of import
+    from clients.captioning import CachedCaptioner, HubCaptioner, resolved_dtype  # seconds of import
 
     source = str(context.node_config.get("captioner", settings.prompts.captioner))
     prompts = settings.prompts
@@ -240,7 +242,7 @@ def _captioner(settings: Settings, context: Context) -> Captioner:
             device=pick_device(settings.run.device),
         ),
         identity=(
-            *identity_of(source),
+            *identity_of(source, tiny.CAPTIONER),
             prompts.captioner_revision,
             resolved_dtype(prompts.captioner_dtype, pick_device(settings.run.device)),
             prompts.max_new_tokens,

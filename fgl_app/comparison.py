@@ -341,7 +341,7 @@ def _results(folder: Path, run: Run) -> dict[str, Any] | None:
     free = {"output-dir", "store-dir", "data-dir"}
     changed = [key for key, value in settings.flat().items() if key not in free and earlier.get(key) != value]
     now = resolve(settings)
-    changed += [key for key in IDENTITIES if resolved.get(key) != now[key]]
+    changed += [key for key in IDENTITIES if resolved.get(key) != now.get(key)]
     earlier |= resolved
     if changed:
         raise ConfigError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fgl_app import tiny
 from fgl_app.errors import ConfigError
+from fgl_app.files import canonical_json, sha256
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -27,6 +28,41 @@ def locate(source: str, revision: str, shipped: str | None = None) -> tuple[str,
         return str(tiny.folder_of(shipped)), None
     folder = Path(source).expanduser()
     return (str(folder), None) if folder.is_dir() else (source, revision or None)
+
+
+def identity_of(source: str, shipped: str | None = None) -> tuple[str | int, ...]:
+    """Tell foundation models apart: a shipped one by its checksum, a folder by its files, a hub id by itself.
+
+    Of a folder count path, and each file's name, size and time of modification, hidden ones aside: hashing gigabytes of
+    weights at every start would take longer than most starts. A copy of a folder is thus another model.
+
+    Args:
+        source: ``tiny`` where a model is shipped, a folder, or a hub id.
+        shipped: Name of the shipped model that ``tiny`` means; None if there is none.
+    """
+    if source == "tiny" and shipped is not None:
+        return (tiny.folder_of(shipped).name,)
+    folder = Path(source).expanduser()
+    identity: list[str | int] = [source]
+    for path in sorted(folder.rglob("*")) if _is_folder(folder) else []:
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            identity += [name.as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
+    return tuple(identity)
+
+
+def content_of(*sources: str) -> str:
+    """Hash the identities of those models that are folders; empty if none is one.
+
+    Hub ids, with their revisions, and shipped models say by themselves what they are.
+    """
+    folders = [list(identity_of(source)) for source in sources if _is_folder(Path(source).expanduser())]
+    return sha256(canonical_json(folders))[:16] if folders else ""
+
+
+def _is_folder(path: Path) -> bool:
+    # Hub ids and "tiny" are relative; a folder of that name may lie wherever the process was started.
+    return path.is_absolute() and path.is_dir()
 
 
 def check_model_source(key: str, value: str, revision: str, marker: str, shipped: str | None = None) -> None:

@@ -15,14 +15,16 @@ from torch import nn
 
 from fgl_app import tiny
 from fgl_app.data.images import HeldOut, ImageSet
+from fgl_app.foundation_models import content_of, identity_of
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
 from fgl_app.prompts import MergedPrompts, spread_budget
 from fgl_app.prompts.expansion import LanguageModelWriter, expand, templates_writer
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings
+from fgl_app.store import Ids
 from fgl_app.synthesis.launch import SynthesisReport, synthesize
-from fgl_app.synthesis.plan import CPU_BATCH_SIZE, DrawSettings, Plan
+from fgl_app.synthesis.plan import DrawSettings, Plan, draw_batch_size
 from fgl_app.training import Evaluation, evaluate, pick_device, train
 
 _ALARMING_REJECTION_RATE = 0.5
@@ -78,16 +80,24 @@ def parameter_names(settings: Settings, class_names: Sequence[str]) -> frozenset
 
 def resolve(settings: Settings) -> dict[str, str]:
     """Say what the settings come to on this machine, for ``config.json``."""
-    shipped = tiny.folder_of(tiny.DIFFUSION).name, tiny.folder_of(tiny.CAPTIONER).name
+    synthesis, captioner = settings.synthesis, settings.prompts.captioner
+    weights = {"lora": synthesis.lora, "decoder": synthesis.decoder, "filter": synthesis.filter}
     return {
         "output_dir": str(Path(settings.run.output_dir).expanduser()),
         "device": str(pick_device(settings.run.device)),
         "data_set": settings.card.title,
         "card": settings.card.digest(),
         "class_names": ",".join(settings.card.class_names()),
-        "generator": shipped[0] if settings.synthesis.generator == "tiny" else settings.synthesis.generator,
-        "captioner": shipped[1] if settings.prompts.captioner == "tiny" else settings.prompts.captioner,
+        "generator": _with_content(synthesis.generator, tiny.DIFFUSION),
+        "captioner": _with_content(captioner, tiny.CAPTIONER),
+        **{key: _with_content(value) for key, value in weights.items() if content_of(value)},
     }
+
+
+def _with_content(source: str, shipped: str | None = None) -> str:
+    """Name a foundation model so that another one at its place has another name."""
+    content = content_of(source)
+    return f"{source} ({content})" if content else str(identity_of(source, shipped)[0])
 
 
 def write_server_prompts(settings: Settings) -> MergedPrompts:
@@ -139,18 +149,19 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
             generation_size=chosen.generation_size,
             stored_size=chosen.stored_size,
             seed=settings.run.seed,
+            contents=content_of(chosen.generator, chosen.lora, chosen.decoder, chosen.filter),
         ),
         tuple(spread_budget(merged.prompts, chosen.images_per_class, chosen.prompt_budget == "uniform")),
         {name: settings.prompt_form(name or None).negative for name in ("", *settings.card.domains)},
         tuple(settings.card.prompt_names(merged.class_names)),
         str(embeddings_file) if merged.embeddings else "",
         str(device),
-        CPU_BATCH_SIZE if device.type == "cpu" else chosen.synthesis_batch_size,
+        draw_batch_size(str(device), chosen.synthesis_batch_size),
     )
 
 
 def draw_synthetic_set(
-    settings: Settings, plan: Plan, folder: RunFolder, listen: Callable[[], None]
+    settings: Settings, plan: Plan, folder: RunFolder, listen: Callable[[], None], drawn_before: Ids
 ) -> tuple[ImageSet, SynthesisReport]:
     """Draw what is missing and return the synthetic set at the classifier's image size.
 
@@ -159,10 +170,11 @@ def draw_synthetic_set(
         plan: What to draw.
         folder: Of the run.
         listen: Called every few seconds meanwhile.
+        drawn_before: What this start drew already, for the prompts that were there before those of a late client.
     """
 
     def report_progress(line: str) -> None:
-        log(INFO, "%s", line)
+        log(WARNING if "warning:" in line else INFO, "%s", line)
         listen()
 
     images, report = synthesize(
@@ -174,8 +186,18 @@ def draw_synthetic_set(
         num_workers=settings.synthesis.synthesis_workers,
         ray_address=settings.synthesis.ray_address,
         wait_s=settings.synthesis.synthesis_wait_s,
+        drawn_before=drawn_before,
     )
     log(INFO, "synthesis: %s images, %s drawn now, %s reused", report.images, report.generated, report.reused)
+    if (smallest := min(report.batch_sizes, default=plan.batch_size)) < plan.batch_size:
+        log(
+            WARNING,
+            "synthesis: memory ran out: some images were drawn %s at a time, not %s, and on a GPU rounded otherwise "
+            "than with more memory; a new run with `synthesis-batch-size` %s can be repeated to the last bit",
+            smallest,
+            plan.batch_size,
+            smallest,
+        )
     for reason, count in report.left_out.items():
         log(WARNING, "synthesis: %s images are left out: %s", count, reason)
     for group, rate in report.rejection_rates.items():

@@ -252,15 +252,10 @@ class Session:
         if (kept := forgotten_set(self.folder.path)) is not None:
             return self._read_again(kept)
         plan = draw_plan(self.settings, merged, self.folder.embeddings)
+        drawn_before = self.synthesis.drawn if self.synthesis else as_ids([])  # without the prompts of a late client
         with self.stopwatch.measure("synthesis"):
-            images, report = draw_synthetic_set(self.settings, plan, self.folder, listen)
-        earlier = self.synthesis.generated if self.synthesis else 0  # before the prompts of a late client
-        self.synthesis = dataclasses.replace(
-            report,
-            generated=report.generated + earlier,
-            reused=report.reused - earlier,
-            seconds=self.stopwatch.seconds["synthesis"],
-        )
+            images, report = draw_synthetic_set(self.settings, plan, self.folder, listen, drawn_before)
+        self.synthesis = dataclasses.replace(report, seconds=self.stopwatch.seconds["synthesis"])
         self._plan = plan
         store = UnitStore(self.folder.synthetic, plan.settings.digest())
         self.store_hash = store.content_hash(as_ids(sample.sample_id for sample in plan.samples()))
@@ -271,8 +266,10 @@ class Session:
         self.folder.forget_prompts(drawn)
         store = UnitStore(self.folder.synthetic, drawn.settings_digest)
         images = store.read(drawn.sample_ids, size=self.settings.data.image_size)
-        seconds = store.index().seconds(drawn.sample_ids)
-        self.synthesis = SynthesisReport(len(images), 0, len(images), {}, {}, 0.0, seconds)
+        index, ids = store.index(), drawn.sample_ids
+        self.synthesis = SynthesisReport(
+            len(images), 0, len(ids), index.left_out(ids), {}, 0.0, index.seconds(ids), index.batch_sizes(ids)
+        )
         self.store_hash = store.content_hash(drawn.sample_ids)
         return images
 

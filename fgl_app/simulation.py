@@ -27,7 +27,7 @@ from fgl_app import tiny
 from fgl_app.config import APP_FOLDER, default_run_config, parse_run_config
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.foundation_models import check_model_source
-from fgl_app.settings import RunConfigValue
+from fgl_app.settings import RunConfigValue, RunSettings
 
 _START_TIMEOUT_S = 60.0
 
@@ -57,6 +57,7 @@ def simulate(
     """
     chosen = dict(overrides) | {"num-clients": num_clients}
     settings = parse_run_config(default_run_config() | chosen)
+    check_client_gpus(settings.run, client_gpus)
     from fgl_app.checks import check_settings  # seconds of import, which a misspelt key does not wait for
 
     check_settings(settings)
@@ -80,6 +81,33 @@ def simulate(
         raise RunFailedError(
             f"Flower must report the run as finished:completed, but reports {status}. The log above has the reason; "
             "what was finished is kept and a second start with the same `run-name` resumes."
+        )
+
+
+def check_client_gpus(run: RunSettings, client_gpus: float) -> None:
+    """Check that simulated clients will find the device that they are told to train on.
+
+    Ray shows each client the GPU of its share alone, as ``cuda:0``, and none without a share.
+
+    Args:
+        run: The method, and the device of server and clients.
+        client_gpus: Share of a GPU per client.
+
+    Raises:
+        ConfigError: If ``device`` names a GPU that no client will see.
+    """
+    kind, _, number = run.device.partition(":")
+    if kind != "cuda" or run.method == "centralized":
+        return
+    if client_gpus == 0:
+        raise ConfigError(
+            f"`device` {run.device} needs clients that have a GPU, but `--client-gpus` is 0. Use device=auto, which "
+            "leaves the GPU to the server, or for example --client-gpus 0.5."
+        )
+    if int(number or 0):
+        raise ConfigError(
+            f"`device` must be auto, cpu or cuda where clients are simulated, because each sees its GPU as cuda:0, but "
+            f"is {run.device}. Use CUDA_VISIBLE_DEVICES={number} and device=cuda."
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,28 @@ class SampleIndex:
         """Return for each identity whether the store has settled it: drawn, or found impossible to draw."""
         return np.asarray(self.find(wanted) >= 0)
 
-    def count(self, wanted: Ids, unit_ids: Sequence[str]) -> int:
-        """Return how many of the images lie in the units named."""
-        at = self.find(wanted)
+    def within(self, wanted: Ids, unit_ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Return for each identity whether its image lies in one of the units named; all are in the store."""
         numbers = [self.units.index(unit_id) for unit_id in unit_ids]
-        return int(np.isin(self.unit[at[at >= 0]], numbers).sum())
+        return np.isin(self.unit[self.find(wanted)], numbers)
+
+    def left_out(self, wanted: Ids) -> Counter[str]:
+        """Return the number of the images that were left out when they were drawn, by reason."""
+        reasons = {
+            bytes.fromhex(key): str(reason)
+            for manifest in self.of(wanted)
+            for key, reason in manifest["left_out"].items()
+        }
+        at = self.find(wanted)
+        absent = self.ids[at[at >= 0]][self.row[at[at >= 0]] < 0].view("V16")
+        return Counter(reasons[each.tobytes()] for each in absent)
+
+    def batch_sizes(self, wanted: Ids) -> tuple[int, ...]:
+        """Return how many images were drawn at a time in the units that hold any of the images, each number once.
+
+        Older units do not tell.
+        """
+        return tuple(sorted({int(manifest["batch_size"]) for manifest in self.of(wanted) if "batch_size" in manifest}))
 
     def of(self, wanted: Ids) -> list[Mapping[str, Any]]:
         """Return the manifests of the units that hold any of the images."""
@@ -285,6 +303,7 @@ class UnitStore:
                     and isinstance(manifest["sha256"], str)
                     and 0 <= float(manifest.setdefault("seconds", 0.0)) < float("inf")
                     and all(0 <= rejected <= seen for seen, rejected in manifest.get("judged", {}).values())
+                    and int(manifest.get("batch_size", 1)) > 0
                 )
             except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 continue

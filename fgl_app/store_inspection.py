@@ -41,6 +41,8 @@ class Contents:
     """Side of the images."""
     per_label: dict[int, int]
     """Number of images by label."""
+    batch_sizes: tuple[int, ...]
+    """Images drawn at a time, each number once; more than one where memory ran out, or where runs drew otherwise."""
 
 
 def stores_of(folder: Path) -> list[UnitStore]:
@@ -111,6 +113,7 @@ def contents(store: UnitStore) -> Contents:
         sum(float(manifest.get("seconds", 0.0)) for manifest in manifests),
         size,
         dict(sorted(labels.items())),
+        index.batch_sizes(index.ids),
     )
 
 

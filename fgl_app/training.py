@@ -109,9 +109,9 @@ def train(
             order = [rows.repeat(2) if len(rows) == 1 else rows for rows in batches]
             taken = taken_on_device(source, order) if resident else prefetched(source, order, device)
             for rows, (images, labels) in zip(batches, taken, strict=True):
+                pixels = augment(normalize(images), augmentation, generator)
                 # Half precision where the hardware multiplies it faster; the weights stay in fp32.
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    pixels = augment(normalize(images), augmentation, generator)
                     loss = F.cross_entropy(_logits(model, pixels), labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -169,7 +169,7 @@ def prefetched(
             assert following is not None
             images = following.result().to(device, non_blocking=True, copy=True)
             if pinned:
-                copied[number % 2].record()
+                copied[number % 2].record(torch.cuda.current_stream(device))  # not that of the current device
             following = pool.submit(gather, number + 1) if number + 1 < len(order) else None
             yield images, source.labels[rows].to(device)
 
@@ -231,8 +231,10 @@ def augment(images: torch.Tensor, augmentation: str, generator: torch.Generator)
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = width * flip, height
     theta[:, 0, 2], theta[:, 1, 2] = (2 * uniform[2] - 1) * (1 - width), (2 * uniform[3] - 1) * (1 - height)
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    # Half precision would round the coordinates of the crops, by a part of a pixel.
+    with torch.autocast(images.device.type, enabled=False):
+        grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _place(model: nn.Module, device: torch.device) -> nn.Module:

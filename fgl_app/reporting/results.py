@@ -75,6 +75,7 @@ def summarize(
             "seconds": round(synthesis.seconds, 3),
             "reused_seconds": round(synthesis.reused_seconds, 3),
             "images_per_second": round(synthesis.images_per_second, 3),
+            "batch_sizes": list(synthesis.batch_sizes),
             "content_hash": store_hash,
         },
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},

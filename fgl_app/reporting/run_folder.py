@@ -24,15 +24,18 @@ from fgl_app.prompts import MergedPrompts, PromptCount
 from fgl_app.reporting.ledger import ReleaseLedger
 from fgl_app.settings import Settings
 from fgl_app.store import Ids, as_ids
+from fgl_app.synthesis.plan import arithmetic_of, draw_batch_size
 
 # A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
+# Only the kind of device, and the batch size on a GPU, stay what they were once images are drawn: they decide rounding.
 FREE_KEYS = {
     "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-batch-size",
     "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "data-dir",
     "min-clients", "connect-timeout-s", "prompt-deadline-s", "round-deadline-s",
 }  # fmt: skip
-IDENTITIES = ("card", "generator", "captioner")
-"""What is known by its content: a run does not go on, nor counts in a comparison, with another."""
+IDENTITIES = ("card", "generator", "captioner", "lora", "decoder", "filter")
+"""What is known by its content: a run does not go on, nor counts in a comparison, with another. The last three are
+resolved where they are folders."""
 _PACKAGES = ("flwr", "flwr-datasets", "torch", "torchvision", "diffusers", "transformers", "scikit-learn", "numpy")
 _CHECKPOINT = re.compile(r"round-(\d{4})\.safetensors")
 
@@ -141,6 +144,14 @@ class RunFolder:
                 raise RunFolderError(
                     f"`run-name` {self.path.name} must be resumed with the {key} it began with, but its content has "
                     "changed since. Use another `run-name`."
+                )
+        if (self.path / "plan.json").exists():
+            was, now = _arithmetic(earlier, resolved), _arithmetic(self._settings.flat(), self._resolved)
+            if was != now:
+                raise RunFolderError(
+                    f"`run-name` {self.path.name} must be resumed on the kind of device, and on a GPU with the "
+                    f"`synthesis-batch-size`, that its images are drawn with, but that was {was} and is {now} now. Use "
+                    "what it was or another `run-name`."
                 )
 
     def save_prompts(self, merged: MergedPrompts, exchange: Mapping[str, Any] | None) -> None:
@@ -266,6 +277,11 @@ class RunFolder:
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+
+def _arithmetic(run_config: Mapping[str, Any], resolved: Mapping[str, Any]) -> str:
+    device = str(resolved["device"])
+    return arithmetic_of(device, draw_batch_size(device, int(run_config["synthesis-batch-size"])))
 
 
 def _load_tensors(path: Path, checkpoint: Path) -> dict[str, torch.Tensor]:

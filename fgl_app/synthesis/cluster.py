@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,18 @@ _MAX_RETRIES = 5
 """Times that a unit is drawn again after the death of its actor."""
 
 
+def plan_of_actor(plan: Plan) -> Plan:
+    """Return the plan as an actor draws it: Ray shows it one GPU alone, which is ``cuda``, whatever its number."""
+    return replace(plan, device=torch.device(plan.device).type)
+
+
 class SynthesisActor:
     """Draws units in a process of its own; only their numbers of images come back."""
 
     def __init__(self, plan: Plan, folder: str) -> None:
         """Load the generator."""
         torch.set_num_threads(1)
-        self._worker = UnitWorker(plan, Path(folder), num_threads=1)
+        self._worker = UnitWorker(plan_of_actor(plan), Path(folder), num_threads=1)
 
     def run(self, unit: Unit) -> int:
         """Draw and commit a unit; see :meth:`UnitWorker.run`."""

@@ -34,6 +34,8 @@ class DrawnUnit:
     """Numbers of images that were judged and rejected, by ``label`` or ``label:domain``."""
     seconds: float
     """Wall-clock seconds of drawing."""
+    batch_size: int
+    """Images drawn at a time in the end: less than the plan's where memory ran out."""
 
 
 @dataclass
@@ -94,6 +96,7 @@ class Engine:
             {samples[place].sample_id.hex(): reason for place, reason in reasons.items()},
             {group: (count, rejections[group]) for group, count in sorted(judged.items())},
             round(time.monotonic() - started, 3),
+            self.batch_size,
         )
 
     def _judge(self, images: torch.Tensor, samples: Sequence[Sample], places: Sequence[int]) -> list[bool]:

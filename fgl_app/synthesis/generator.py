@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -37,6 +39,7 @@ class PipelineCall:
         """Take over a loaded pipeline."""
         self._pipeline = pipeline
         self._settings = settings
+        self._of_thread = threading.local()
 
     def encode(self, prompts: Sequence[tuple[str | torch.Tensor, str]]) -> list[tuple[str | torch.Tensor, str]]:
         """Return the pairs: the pipeline encodes them itself."""
@@ -46,7 +49,7 @@ class PipelineCall:
         self, conditions: Sequence[tuple[str | torch.Tensor, str]], noise_seeds: Sequence[int]
     ) -> torch.Tensor:
         """Call the pipeline once; see :class:`Generator`."""
-        settings, pipeline = self._settings, self._pipeline
+        settings, pipeline = self._settings, self._own_pipeline()
         size = settings.generation_size
         asked: dict[str, Any] = {"height": size, "width": size} if size else {}
         embeddings = [prompt for prompt, _ in conditions if isinstance(prompt, torch.Tensor)]
@@ -64,6 +67,16 @@ class PipelineCall:
             output_type="pt",
         ).images
         return images.float()
+
+    def _own_pipeline(self) -> Any:
+        """Return this thread's pipeline: a call changes its solver and tokenizers; the weights are shared."""
+        if not hasattr(self._of_thread, "pipeline"):
+            own = copy.copy(self._pipeline)
+            for name, part in own.components.items():
+                if part is not None and not isinstance(part, torch.nn.Module):
+                    setattr(own, name, copy.deepcopy(part))
+            self._of_thread.pipeline = own
+        return self._of_thread.pipeline
 
 
 def load_generator(settings: DrawSettings, device: torch.device, dtype: torch.dtype | None = None) -> Generator:

@@ -59,7 +59,12 @@ class LabelJudge:
                 f"not ({type(error).__name__}). Use a folder or hub id with safetensors weights."
             ) from None
         if self._zero_shot:
-            self._texts = [_ZERO_SHOT_TEMPLATE.format(name) for name in class_names]
+            # Tokenized once, because threads share this judge and a tokenizer serves one at a time.
+            self._texts: Any = self._processor(
+                text=[_ZERO_SHOT_TEMPLATE.format(name) for name in class_names],
+                return_tensors="pt", padding="max_length", truncation=True,
+            ).to(device)  # fmt: skip
+            self._processor = self._processor.image_processor
         else:
             known = {_plain(name): int(index) for index, name in self._model.config.id2label.items()}
             unknown = [name for name in class_names if _plain(name) not in known]
@@ -73,14 +78,11 @@ class LabelJudge:
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return whether the likeliest class of each image is its label; see :class:`Judge`."""
+        inputs = self._processor(images=list(images), return_tensors="pt").to(self._device)
         if self._zero_shot:
-            inputs = self._processor(
-                text=self._texts, images=list(images), return_tensors="pt", padding="max_length", truncation=True
-            )
-            scores = self._model(**inputs.to(self._device)).logits_per_image
+            scores = self._model(**self._texts, **inputs).logits_per_image
         else:
-            inputs = self._processor(images=list(images), return_tensors="pt")
-            scores = self._model(**inputs.to(self._device)).logits[:, self._columns]
+            scores = self._model(**inputs).logits[:, self._columns]
         accepted: torch.Tensor = scores.argmax(1).cpu() == labels
         return accepted
 

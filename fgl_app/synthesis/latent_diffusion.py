@@ -7,7 +7,14 @@ asked for, deep features reused between steps (DeepCache), images reduced on the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import os
+import shutil
+import sys
+import sysconfig
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +28,8 @@ _DECODE_CHUNK = 8
 """Latents decoded at a time on a GPU: the decoder needs more memory per image than the UNet."""
 _ENCODE_BATCH = 16
 """Prompts encoded at a time, padded, so that no embedding depends on its neighbours."""
+_PYTHON_HEADERS = Path(sysconfig.get_path("include", "posix_prefix"))
+"""Where Triton looks for ``Python.h``; the scheme that Debian prefers names another folder."""
 
 
 class LatentDiffusion:
@@ -45,7 +54,9 @@ class LatentDiffusion:
         pipeline.vae.to(memory_format=torch.channels_last)
         unet = PlainUNet(pipeline.unet)
         self._time_embedding, self._full, self._shallow = unet.time_embedding, unet.full, unet.shallow
-        if self._device.type == "cuda":
+        # Engines on other threads share the tokenizer, which cannot pad for two of them at once.
+        self._encoding = threading.Lock()
+        if self._device.type == "cuda" and _can_compile():
             self._full = torch.compile(unet.full, fullgraph=True)
             self._shallow = torch.compile(unet.shallow, fullgraph=True)
 
@@ -144,9 +155,29 @@ class LatentDiffusion:
         for start in range(0, len(distinct), _ENCODE_BATCH):
             batch = distinct[start : start + _ENCODE_BATCH]
             padded = batch + [""] * (_ENCODE_BATCH - len(batch))
-            states, _ = self._pipeline.encode_prompt(padded, self._device, 1, False)
+            with self._encoding:
+                states, _ = self._pipeline.encode_prompt(padded, self._device, 1, False)
             encoded |= dict(zip(batch, states, strict=False))
         return encoded
+
+
+def lacking_for_compilation(environment: Mapping[str, str] = os.environ, headers: Path = _PYTHON_HEADERS) -> str | None:
+    """Return what Triton lacks here to compile for a GPU; None if it has a C compiler and Python's headers."""
+    path = environment.get("PATH")
+    compilers = [environment["CC"]] if "CC" in environment else ["gcc", "clang"]
+    if not any(shutil.which(name, path=path) for name in compilers):
+        return "a C compiler (gcc, clang or what $CC names)"
+    return None if (headers / "Python.h").exists() else "the headers of Python (python3-dev)"
+
+
+@functools.cache
+def _can_compile() -> bool:
+    lacking = lacking_for_compilation()
+    if lacking is not None:
+        sys.stderr.write(
+            f"synthesis: warning: the UNet runs uncompiled, and slower, because this machine lacks {lacking}\n"
+        )
+    return lacking is None
 
 
 def complete_embedding(embedding: torch.Tensor, pipeline: Any) -> torch.Tensor:

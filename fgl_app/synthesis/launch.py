@@ -9,9 +9,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TextIO
+
+import numpy as np
 
 from fgl_app.config import APP_FOLDER
 from fgl_app.data.images import ImageSet
@@ -30,11 +32,11 @@ class SynthesisReport:
     """What one synthesis phase did."""
 
     images: int
-    """Size of the synthetic set."""
+    """Size of the synthetic set: what the plan asks for, less what was left out."""
     generated: int
-    """Images drawn now."""
+    """Images drawn by this start of the run, those that were left out in the end among them."""
     reused: int
-    """Images that the store held already."""
+    """Images of the plan that the store held already, those that it has settled to leave out among them."""
     left_out: Mapping[str, int]
     """Number of images of the plan that are not in the set, by reason."""
     rejection_rates: Mapping[str, float]
@@ -43,6 +45,10 @@ class SynthesisReport:
     """Wall-clock seconds, start of the worker included."""
     reused_seconds: float
     """What drawing the reused images took when they were drawn, by this run or by another that shares its store."""
+    batch_sizes: tuple[int, ...] = ()
+    """Images drawn at a time, each number once: smaller ones than the plan's where memory ran out."""
+    drawn: Ids = field(default_factory=lambda: as_ids([]), repr=False, compare=False)
+    """Identities of the images that this start drew."""
 
     @property
     def images_per_second(self) -> float:
@@ -60,6 +66,7 @@ def synthesize(
     num_workers: int = 0,
     ray_address: str = "",
     wait_s: float = 0.0,
+    drawn_before: Ids | None = None,
 ) -> tuple[ImageSet, SynthesisReport]:
     """Have the store filled with what it lacks, and read the whole set.
 
@@ -73,6 +80,8 @@ def synthesize(
         ray_address: Of a cluster; empty for actors on this machine.
         wait_s: If positive, start no worker, but wait until ``fgl synthesize``, started elsewhere, has filled the
             store; give up when nothing was added for so many seconds.
+        drawn_before: Identities of images that this start of the run drew for an earlier plan: they are counted as
+            drawn now, and not as reused. None for none.
 
     Raises:
         SynthesisError: If the worker fails; the units it committed stay and are reused.
@@ -82,11 +91,10 @@ def synthesize(
     wanted = as_ids(sample.sample_id for sample in plan.samples())
     _adopt_from_neighbours(store, run_folder, wanted)
     index = store.index()
-    missing = int((~index.holds(wanted)).sum())
-    reused_seconds = index.seconds(wanted)
+    held = index.holds(wanted)
     started = time.monotonic()
     for attempt in range(_READ_ATTEMPTS):
-        if missing or attempt:
+        if not held.all():
             if wait_s > 0:
                 _wait(store, wanted, wait_s, report_progress)
             else:
@@ -100,22 +108,25 @@ def synthesize(
                 raise
             report_progress(f"synthesis: drawing again, because damaged: {', '.join(damaged.units)}")
             store.discard(damaged.units)
-            missing += index.count(wanted, damaged.units)
-    manifests = index.of(wanted)
+            held &= ~index.within(wanted, damaged.units)
     judged: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    for manifest in manifests:
+    for manifest in index.of(wanted):
         for group, (seen, refused) in manifest.get("judged", {}).items():
             judged[group] += seen
             rejected[group] += refused
+    drawn = wanted[~held] if drawn_before is None else np.union1d(drawn_before, wanted[~held])
+    reused = wanted[held & ~np.isin(wanted, drawn)]
     return images, SynthesisReport(
-        len(wanted),
-        missing,
-        len(wanted) - missing,
-        Counter(reason for manifest in manifests for reason in manifest["left_out"].values()),
+        len(images),
+        len(drawn),
+        len(reused),
+        index.left_out(wanted),
         {group: rejected[group] / seen for group, seen in judged.items()},
         time.monotonic() - started,
-        reused_seconds,
+        index.seconds(reused),
+        index.batch_sizes(wanted),
+        drawn,
     )
 
 
@@ -175,15 +186,19 @@ def _run_worker(
 
 
 def _pass_on(stream: IO[bytes], log_file: TextIO, report_progress: Callable[[str], None]) -> str:
-    """Read lines, and the carriage returns of a progress bar, until the worker ends; return its own error sentence."""
+    """Read lines, and the carriage returns of a progress bar, until the worker ends; return its own error sentence.
+
+    Only lines of our own are passed on, progress and warnings: those of libraries may quote prompts.
+    """
     buffer, error, reported = b"", "", 0.0
     while chunk := os.read(stream.fileno(), 4096):
         *lines, buffer = re.split(rb"[\r\n]+", buffer + chunk)
         for line in (raw.decode(errors="replace").strip() for raw in lines):
             if line.startswith("synthesis:"):
-                if time.monotonic() - reported >= _PROGRESS_INTERVAL_S or "100%" in line:
+                is_bar = "%|" in line
+                if not is_bar or time.monotonic() - reported >= _PROGRESS_INTERVAL_S or "100%" in line:
                     report_progress(line)
-                    reported = time.monotonic()
+                    reported = time.monotonic() if is_bar else reported
             elif line:
                 log_file.write(line + "\n")
                 error = line.removeprefix("error: ") if line.startswith("error: ") else error

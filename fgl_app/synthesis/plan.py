@@ -23,6 +23,16 @@ UNIT_SIZE = 64
 """Images per unit: what a crash can cost at most."""
 
 
+def draw_batch_size(device: str, asked: int) -> int:
+    """Return the number of images drawn at a time on a device, where the settings ask for ``asked``."""
+    return CPU_BATCH_SIZE if device == "cpu" else asked
+
+
+def arithmetic_of(device: str, batch_size: int) -> str:
+    """Name what rounding depends on, the kind of device and the shape: images drawn otherwise are not mixed."""
+    return f"{device.partition(':')[0]}/{batch_size}"
+
+
 @dataclass(frozen=True)
 class DrawSettings:
     """Everything besides the prompt that an image depends on."""
@@ -59,10 +69,14 @@ class DrawSettings:
     """Larger images are reduced to this side, px."""
     seed: int
     """The run's seed."""
+    contents: str = ""
+    """Hash of the content of the folders among generator, LoRA, decoder and filter; empty if none is a folder."""
 
     def digest(self) -> str:
         """Hash that is equal for equal settings."""
-        return hashlib.sha256(canonical_json(asdict(self))).hexdigest()
+        # An image from hub ids or shipped models keeps the identity that it had before there were `contents`.
+        told = {key: value for key, value in asdict(self).items() if key != "contents" or value}
+        return hashlib.sha256(canonical_json(told)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -118,8 +132,7 @@ class Plan:
     def samples(self) -> Iterator[Sample]:
         """Yield every sample, in the order of label, prompt and index."""
         digest = self.settings.digest()
-        # Rounding depends on the kind of device and on the shape: images drawn otherwise are not mixed with these.
-        arithmetic = f"{self.device.partition(':')[0]}/{self.batch_size}".encode()
+        arithmetic = arithmetic_of(self.device, self.batch_size).encode()
         for item in sorted(self.budget):
             negative = self.negatives.get(item.domain, "")
             # Equal prompts of different domains are different images.

@@ -76,7 +76,13 @@ class UnitWorker:
             drawn = engine.draw(unit)
         finally:
             self._engines.put(engine)
-        provenance = {**self._provenance, "seconds": drawn.seconds, "left_out": drawn.left_out, "judged": drawn.judged}
+        provenance = {
+            **self._provenance,
+            "seconds": drawn.seconds,
+            "batch_size": drawn.batch_size,
+            "left_out": drawn.left_out,
+            "judged": drawn.judged,
+        }
         self._store.commit(unit.unit_id, drawn.tensors, provenance)
         return len(unit.samples)
 

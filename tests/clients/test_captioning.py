@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from clients.captioning import CachedCaptioner, HubCaptioner, identity_of
+from clients.captioning import CachedCaptioner, HubCaptioner
 from clients.prompting import write_prompts
-from fgl_app import tiny
 from fgl_app.cards import load_card
 from fgl_app.data.sources import load_split
 from fgl_app.errors import ModelError
@@ -97,15 +96,6 @@ def test_equal_images_are_captioned_once(tmp_path):
 
     assert cached(torch.zeros(6, 3, 8, 8, dtype=torch.uint8)) == ["same"] * 6
     assert asked == [1]
-
-
-def test_a_retrained_captioner_has_another_identity(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"first")
-    first = identity_of(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"second try")
-
-    assert identity_of(str(tmp_path)) != first
-    assert identity_of("tiny") == (tiny.folder_of(tiny.CAPTIONER).name,)
 
 
 def test_captioning_batches_shrink_when_memory_runs_out(captioner, settings, tmp_path):

@@ -183,6 +183,14 @@ def test_nothing_runs_as_root_and_everything_is_healthy(demo):
         assert do(["docker", "inspect", "--format", "{{.State.Health.Status}}", container]).strip() == "healthy"
 
 
+def test_the_server_can_compile_kernels_for_a_gpu(demo):
+    python = "from fgl_app.synthesis.latent_diffusion import lacking_for_compilation; print(lacking_for_compilation())"
+
+    said = do(["docker", "run", "--rm", "--network", "none", "--entrypoint", "python3", "fgl-server", "-c", python])
+
+    assert said.strip().endswith("None")
+
+
 def test_the_image_without_a_target_is_the_command_fgl(base_image, tmp_path):
     tmp_path.chmod(0o777)
     build = documented(APP_FOLDER / "docker" / "Dockerfile", "--tag fgl --file docker/Dockerfile .")

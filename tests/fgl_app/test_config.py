@@ -1,8 +1,9 @@
 import pytest
 
+from fgl_app import tiny
 from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.errors import ConfigError
-from fgl_app.foundation_models import check_model_source, locate
+from fgl_app.foundation_models import check_model_source, content_of, identity_of, locate
 from fgl_app.models import check_model_name
 
 FIXED_KEYS = {
@@ -100,6 +101,25 @@ def test_only_a_hub_id_has_a_revision(tmp_path):
     assert locate("owner/name", "") == ("owner/name", None)
     assert locate(str(tmp_path), "abc") == (str(tmp_path), None)
     assert locate("tiny", "abc", "captioner")[1] is None
+
+
+def test_a_retrained_model_has_another_identity_and_hidden_files_count_for_nothing(tmp_path, monkeypatch):
+    weights = tmp_path / "unet" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"first")
+    first = identity_of(str(tmp_path)), content_of(str(tmp_path), "")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "lock").touch()
+
+    assert (identity_of(str(tmp_path)), content_of(str(tmp_path), "")) == first
+    weights.write_bytes(b"second try")
+    assert identity_of(str(tmp_path)) != first[0]
+    assert content_of(str(tmp_path), "") != first[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # no model that anybody named
+    assert content_of("tiny", "owner/name", "") == ""
+    assert identity_of("tiny", tiny.CAPTIONER) == (tiny.folder_of(tiny.CAPTIONER).name,)
+    assert identity_of("owner/name", tiny.CAPTIONER) == ("owner/name",)
 
 
 def test_no_prompt_writer_is_shipped():

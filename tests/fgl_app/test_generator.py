@@ -1,6 +1,8 @@
 """The own denoising loop against the pipelines of diffusers, on the shipped model and the same noise."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from fgl_app.errors import ModelError, SynthesisError
 from fgl_app.prompts import PromptBudget
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import PipelineCall, load_generator, load_pipeline
-from fgl_app.synthesis.latent_diffusion import LatentDiffusion
+from fgl_app.synthesis.latent_diffusion import LatentDiffusion, lacking_for_compilation
 from fgl_app.synthesis.plan import DrawSettings
 from fgl_app.synthesis.solvers import SCHEDULERS, tabulate
 
@@ -172,9 +174,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on():
     plan = plan_of(PromptBudget(0, "zero", 11))
     engine = Engine(plan, OutOfMemory(load_generator(plan.settings, CPU), 3), {}, list, 8)
 
+    (unit,) = plan.units()
+    assert engine.draw(unit).batch_size == 2  # the store is told
     drawn = draw(plan, engine)
 
-    assert engine.batch_size == 2
+    assert engine_of(plan).draw(unit).batch_size == plan.batch_size
     largest = max((drawn[key].float() - image.float()).abs().max() for key, image in draw(plan).items())
     assert largest <= 1
     with pytest.raises(SynthesisError, match="one image at a time"):
@@ -210,3 +214,54 @@ def test_an_image_that_is_no_number_is_drawn_again_in_fp32_and_then_left_out():
     ]
     expected = engine_of(plan).draw(unit).tensors["image"]
     assert torch.equal(drawn.tensors["image"], expected[[0, 1, 2, 4]])
+
+
+def test_kernels_are_compiled_only_where_a_compiler_and_the_headers_of_python_are_found(tmp_path):
+    tools, headers = tmp_path / "bin", tmp_path / "include"
+    for folder in (tools, headers):
+        folder.mkdir()
+    here = {"PATH": str(tools)}
+    assert "a C compiler" in (lacking_for_compilation(here, headers) or "")
+
+    for name in ("gcc", "mycc"):
+        (tools / name).touch(mode=0o755)
+    assert "python3-dev" in (lacking_for_compilation(here, headers) or "")
+    (headers / "Python.h").touch()
+
+    assert lacking_for_compilation(here, headers) is None
+    assert lacking_for_compilation(here | {"CC": "mycc"}, headers) is None
+    assert "a C compiler" in (lacking_for_compilation(here | {"CC": "absent"}, headers) or "")  # Triton calls no other
+
+
+def at_once(work, count: int) -> list:
+    """Call ``work`` with 0, 1, … on as many threads, which begin together."""
+    together = threading.Barrier(count)
+
+    def begin(number: int):
+        together.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+def test_threads_that_share_a_tokenizer_encode_texts_of_any_length_at_once():
+    generator = load_generator(SETTINGS, CPU)
+    prompts = [[(f"{number} " + "seven " * (40 * length), "") for number in range(15)] for length in range(1, 9)]
+    expected = [torch.stack(generator.encode(each)) for each in prompts]
+
+    def encode_often(number: int) -> bool:
+        return all(torch.equal(torch.stack(generator.encode(prompts[number])), expected[number]) for _ in range(10))
+
+    assert all(at_once(encode_often, len(prompts)))
+
+
+def test_threads_that_share_a_pipeline_draw_what_each_draws_alone():
+    _, pipeline = both(dataclasses.replace(SETTINGS, scheduler="dpm-solver++", num_inference_steps=4))
+    prompts = [[("seven " * length, ""), ("zero", "bold " * length)] for length in range(1, 5)]
+    expected = [images(pipeline, each, SEEDS[:2]) for each in prompts]
+
+    def draw_often(number: int) -> bool:
+        return all(torch.equal(images(pipeline, prompts[number], SEEDS[:2]), expected[number]) for _ in range(5))
+
+    assert all(at_once(draw_often, len(prompts)))

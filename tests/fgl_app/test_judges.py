@@ -87,16 +87,22 @@ def test_rejected_images_are_drawn_again_and_left_out_in_the_end(classifier):
     assert changed <= drawn.judged["0"][1] + refused  # only what was rejected has other noise
 
 
-def test_a_zero_shot_model_takes_the_likeliest_text(tmp_path):
+def save_zero_shot(folder):
+    """Save a CLIP with random weights, and return it with its processor."""
     pipeline = load_pipeline(SETTINGS, CPU)
     text = pipeline.text_encoder.config.to_dict()
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config={"image_size": 32, **TINY}, projection_dim=16))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
     processor = CLIPProcessor(
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), pipeline.tokenizer
     )
-    processor.save_pretrained(tmp_path)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def test_a_zero_shot_model_takes_the_likeliest_text(tmp_path):
+    model, processor = save_zero_shot(tmp_path)
     images, labels = digits(["zero", "one"], 8)
     inputs = processor(
         text=["a photo of a zero", "a photo of a one"],
@@ -110,6 +116,14 @@ def test_a_zero_shot_model_takes_the_likeliest_text(tmp_path):
 
     with torch.inference_mode():
         assert torch.equal(accepted, model.eval()(**inputs).logits_per_image.argmax(1) == labels)
+
+
+def test_a_zero_shot_judge_keeps_no_tokenizer_because_threads_cannot_share_one(tmp_path):
+    save_zero_shot(tmp_path)
+
+    judge = LabelJudge(str(tmp_path), "", ["zero", "one"], CPU)
+
+    assert not any(hasattr(part, "tokenizer") for part in vars(judge).values())
 
 
 @pytest.mark.parametrize(("threshold", "kept"), [(-1.0, 0), (1.0, 3)])

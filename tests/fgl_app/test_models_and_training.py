@@ -128,6 +128,17 @@ def test_no_augmentation_changes_nothing(generator):
     assert augment(images, "none", generator) is images
 
 
+def test_half_precision_moves_no_crop():
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    exact = augment(images, "crop-flip", torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = augment(images, "crop-flip", torch.Generator().manual_seed(1))
+
+    assert half.dtype == torch.float32
+    assert torch.equal(half, exact)
+
+
 def test_a_cosine_schedule_ends_with_small_steps():
     def last_movement(schedule):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))

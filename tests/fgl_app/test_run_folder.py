@@ -197,7 +197,7 @@ def test_the_three_accuracies_are_what_their_names_say(settings):
         rounds,
         releases=[],
         prompt_round=None,
-        synthesis=SynthesisReport(10, 4, 6, {"rejected": 1}, {"0": 0.25}, 2.0, 3.0),
+        synthesis=SynthesisReport(10, 4, 6, {"rejected": 1}, {"0": 0.25}, 2.0, 3.0, (8, 16)),
         store_hash="ab",
         seconds={"total": 1.23456},
     )
@@ -206,6 +206,7 @@ def test_the_three_accuracies_are_what_their_names_say(settings):
     assert (results["selected_round"], results["selected_accuracy"]) == (1, 0.5)  # best on validation, the earliest
     assert results["paper_metric"] == 0.9  # best on test
     assert results["synthesis"]["images_per_second"] == 2.0
+    assert results["synthesis"]["batch_sizes"] == [8, 16]
     assert results["one_shot_accuracy"] == 0.5  # after the first round
     assert results["upload_bytes"]["model_per_client_per_round"] == 100
     assert results["upload_bytes"]["total"] == 4 * 500
@@ -235,3 +236,38 @@ def test_a_run_does_not_go_on_with_another_card_or_model_of_the_same_name(folder
     for key in ("card", "generator", "captioner"):
         with pytest.raises(RunFolderError, match=f"the {key} it began with"):
             RunFolder(settings, resolve(settings) | {key: "another"})
+
+
+@pytest.mark.parametrize("key", ["generator", "lora", "decoder", "filter"])
+def test_a_run_does_not_go_on_with_a_retrained_model_in_the_same_folder(run_config, tmp_path, key):
+    weights = tmp_path / "model" / "weights.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"first")
+    settings = parse_run_config(run_config | {key: str(weights.parent)})
+    RunFolder(settings, resolve(settings))
+    RunFolder(settings, resolve(settings))
+
+    weights.write_bytes(b"retrained")
+
+    with pytest.raises(RunFolderError, match=f"the {key} it began with"):
+        RunFolder(settings, resolve(settings))
+
+
+def test_a_run_whose_images_are_drawn_does_not_go_on_with_other_rounding(run_config):
+    def open_on(device: str, batch_size: int = 16) -> RunFolder:
+        settings = parse_run_config(run_config | {"synthesis-batch-size": batch_size})
+        return RunFolder(settings, resolve(settings) | {"device": device})
+
+    open_on("cpu")
+    (open_on("cuda").path / "plan.json").touch()  # from now on images are drawn
+
+    open_on("cuda:1")
+    for device, batch_size, now in (("cuda", 8, "cuda/8"), ("cpu", 16, "cpu/32")):
+        with pytest.raises(RunFolderError, match=f"that was cuda/16 and is {now} now"):
+            open_on(device, batch_size)
+
+
+def test_on_a_cpu_the_batch_size_is_free(run_config):
+    for batch_size in (8, 16):
+        settings = parse_run_config(run_config | {"synthesis-batch-size": batch_size, "device": "cpu"})
+        (RunFolder(settings, resolve(settings)).path / "plan.json").touch()

@@ -41,6 +41,37 @@ def test_a_server_optimizer_goes_on_after_a_restart_as_if_nothing_had_happened(t
         assert (halves / "checkpoints" / name).read_bytes() == (whole / "checkpoints" / name).read_bytes()
 
 
+class LateWhile:
+    """The nodes that have not answered yet: one, for as long as ``waiting`` says."""
+
+    def __init__(self, node, waiting):
+        self.node, self.waiting = node, waiting
+
+    def __contains__(self, node):
+        return node == self.node and self.waiting()
+
+
+def test_prompts_of_a_late_client_make_no_image_of_this_start_a_reused_one(make_grid, run_config, tmp_path):
+    sources = {
+        "partition": "pathological",
+        "classes-per-client": 10,
+        "prompt-level": "instance",
+        "num-server-rounds": 1,
+    }
+    grid = make_grid(**{key.replace("-", "_"): value for key, value in sources.items()})
+    folder = tmp_path / "runs" / run_config["run-name"]
+    grid.late = LateWhile(1002, lambda: not any(folder.glob("synthetic/units/*/*.json")))
+
+    run(grid, check_settings(parse_run_config(run_config | sources)))
+
+    results = json.loads((folder / "results.json").read_text())
+    found = results["synthesis"]
+    assert results["prompt_round"]["late"] == [2]
+    assert (found["images"], found["reused"], found["reused_seconds"]) == (20, 0, 0.0)
+    assert found["generated"] > 20  # some of those drawn before gave way to others
+    assert "reused_seconds" not in results["rounds"][0]
+
+
 def test_deleted_prompts_are_nowhere_and_the_run_goes_on_without_them(train_rounds, tmp_path):
     captions = {"prompt_level": "instance", "seed": 5}
     whole = train_rounds("whole", 3, **captions)

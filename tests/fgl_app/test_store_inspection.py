@@ -9,10 +9,11 @@ A, B, C = "aa" * 16, "bb" * 16, "cc" * 16
 
 def filled(folder):
     store = open_store(folder)
-    store.commit(A, unit(1, 2, label=3), {"generator": "tiny", "seconds": 2.0})
+    store.commit(A, unit(1, 2, label=3), {"generator": "tiny", "seconds": 2.0, "batch_size": 16})
     store.commit(
-        B, unit(4, label=5), {"generator": "tiny", "seconds": 1.0, "left_out": {ids(9).tobytes().hex(): "rejected"}}
-    )
+        B, unit(4, label=5),
+        {"generator": "tiny", "seconds": 1.0, "batch_size": 8, "left_out": {ids(9).tobytes().hex(): "rejected"}},
+    )  # fmt: skip
     return store
 
 
@@ -52,6 +53,7 @@ def test_the_contents_are_counted(tmp_path):
     assert (held.num_units, held.num_images, held.num_left_out, held.seconds, held.size_px) == (2, 3, 1, 3.0, 4)
     assert held.per_label == {3: 2, 5: 1}
     assert held.generator == "tiny"
+    assert held.batch_sizes == (8, 16)
 
 
 def test_the_commands_say_what_they_found(tmp_path):
@@ -60,6 +62,7 @@ def test_the_commands_say_what_they_found(tmp_path):
 
     assert [opened.units_folder for opened in stores_of(tmp_path)] == [store.units_folder]
     assert "3 images of 4 px in 2 units" in run(cli, ["store", "stats", str(tmp_path)]).output
+    assert "drawn at a time: 8, 16\n" in run(cli, ["store", "stats", str(tmp_path)]).output
     assert "3 images are sound" in run(cli, ["store", "verify", str(tmp_path)]).output
     spoil(store)
     bad = run(cli, ["store", "verify", str(tmp_path / "synthetic")])

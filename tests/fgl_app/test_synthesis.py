@@ -19,9 +19,10 @@ from fgl_app.errors import ModelError, SynthesisError
 from fgl_app.phases import draw_plan
 from fgl_app.prompts import MergedPrompts, PromptBudget, PromptCount
 from fgl_app.store import UnitStore, as_ids
+from fgl_app.synthesis.cluster import plan_of_actor
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import load_generator, load_pipeline
-from fgl_app.synthesis.launch import synthesize
+from fgl_app.synthesis.launch import _pass_on, synthesize
 from fgl_app.synthesis.plan import UNIT_SIZE, DrawSettings, Plan, Unit
 from fgl_app.synthesis.worker import work
 
@@ -214,6 +215,49 @@ def test_the_worker_process_reports_progress_and_its_store_is_read_back(tmp_path
     assert synthesize(plan, tmp_path / "store", tmp_path, lines.append)[1].generated == 0
 
 
+def test_images_that_this_start_drew_for_other_prompts_are_not_reused(tmp_path):
+    early = plan_of(PromptBudget(0, "zero", 5), PromptBudget(1, "one", 2))
+    late = plan_of(PromptBudget(0, "zero", 1), PromptBudget(1, "one", 3))
+
+    _, before = synthesize(early, tmp_path / "store", tmp_path, print)
+    _, report = synthesize(late, tmp_path / "store", tmp_path, print, drawn_before=before.drawn)
+    _, again = synthesize(late, tmp_path / "store", tmp_path, print)
+
+    assert (report.images, report.generated, report.reused, report.reused_seconds) == (4, 7 + 1, 0, 0.0)
+    assert (again.images, again.generated, again.reused) == (4, 0, 4)
+    assert again.reused_seconds > 0
+
+
+def test_images_that_were_left_out_are_not_counted_as_part_of_the_set(tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", 3))
+    (unit,) = plan.units()
+    bad, *good = unit.samples
+    drawn = engine_of(plan).draw(Unit(tuple(good)))
+    others = {bad.sample_id.hex(): "not finite", (b"\0" * 16).hex(): "of another plan"}
+    store_of(plan, tmp_path / "store").commit(
+        unit.unit_id, drawn.tensors, {"left_out": others, "seconds": 1.0, "batch_size": 4}
+    )
+
+    images, report = synthesize(plan, tmp_path / "store", tmp_path, print)
+
+    assert len(images) == report.images == 2
+    assert (report.reused, report.left_out, report.batch_sizes) == (3, {"not finite": 1}, (4,))
+
+
+def test_warnings_of_the_worker_are_passed_on_between_reports_of_progress(tmp_path):
+    bar, warning = "synthesis:  40%|####      | 2/5", "synthesis: warning: the UNet runs uncompiled"
+    lines: list[str] = []
+    with (tmp_path / "stderr").open("w+b") as stream, (tmp_path / "log").open("w") as log:
+        stream.write(f"{bar}\r{warning}\n{bar}\rwarning: of a library\n".encode())
+        stream.flush()
+        os.lseek(stream.fileno(), 0, os.SEEK_SET)
+
+        _pass_on(stream, log, lines.append)
+
+    assert lines == [bar, warning]
+    assert (tmp_path / "log").read_text() == "warning: of a library\n"
+
+
 def test_a_failing_worker_is_an_error_with_its_reason(tmp_path):
     with pytest.raises(SynthesisError, match=r"ended with 1\. `generator`"):
         synthesize(plan_of(PromptBudget(0, "zero", 1), generator=str(tmp_path / "absent")), tmp_path, tmp_path, print)
@@ -273,6 +317,28 @@ def test_on_a_cpu_the_batch_size_of_the_settings_changes_nothing(run_config, tmp
     assert plans[0] == plans[1]
 
 
+def test_images_of_the_shipped_generator_keep_their_identities():
+    (sample,) = plan_of(PromptBudget(0, "zero", 1)).samples()
+
+    assert SETTINGS.digest()[:16] == "ffa143e601d888f4"
+    assert sample.sample_id.hex() == "b25d10f866eb86fdc2a69e95634efd6b"
+
+
+@pytest.mark.parametrize("key", ["generator", "lora", "decoder", "filter"])
+def test_a_retrained_model_at_the_same_place_draws_other_images(run_config, tmp_path, key):
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    settings = parse_run_config(run_config | {key: str(tmp_path)})
+    prompts = MergedPrompts((PromptCount(0, "zero", 1),), ("zero", "one"))
+    ids = []
+
+    for content in (b"first", b"retrained"):
+        weights.write_bytes(content)
+        ids.append({sample.sample_id for sample in draw_plan(settings, prompts, tmp_path / "none").samples()})
+
+    assert ids[0].isdisjoint(ids[1])
+
+
 def test_images_drawn_at_another_shape_or_device_are_not_mixed_though_their_noise_is_the_same():
     budget = PromptBudget(0, "zero", 3)
     plan = plan_of(budget)
@@ -328,6 +394,15 @@ def test_actors_of_ray_draw_the_same_images_and_survive_the_death_of_one(tmp_pat
     assert store.content_hash(wanted) == store_of(plan, tmp_path / "alone").content_hash(wanted)
     held = [json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")]
     assert sum(held) == 400  # no image was drawn twice
+
+
+def test_an_actor_draws_the_same_identities_on_the_one_gpu_that_it_sees():
+    second = dataclasses.replace(plan_of(PromptBudget(0, "zero", 3)), device="cuda:1")
+
+    seen = plan_of_actor(second)
+
+    assert seen.device == "cuda"
+    assert list(seen.samples()) == list(second.samples())
 
 
 def test_an_unreachable_cluster_is_one_sentence(tmp_path):
