@@ -8,7 +8,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,8 +141,9 @@ def test_the_walk_through(tmp_path):
 
     assert not re.search(r"a photo of a handwritten (zero|one|nine)", output)  # prompts are never logged
     restored = tmp_path / "restored"
-    with tarfile.open(tmp_path / "server" / "home" / "fgl-backup.tar.gz") as backup:
-        backup.extractall(restored, filter="data")
+    restored.mkdir()
+    backup = tmp_path / "server" / "home" / "fgl-backup.tar.gz"
+    subprocess.run(["tar", "--extract", "--file", backup, "--directory", restored], check=True)
     (database,) = restored.rglob("state.backup.db")
     with sqlite3.connect(database) as state:
         assert state.execute("SELECT COUNT(*) FROM node").fetchone() == (3,)
