@@ -27,7 +27,7 @@ from fgl_app.phases import initial_arrays
 from fgl_app.prompts import MergedPrompts, PromptCount, PromptLimits
 from strategies import FGL, CheckedRounds
 from strategies.prompt_round import PromptRound
-from strategies.rounds import restore_integers
+from strategies.updates import restore_integers
 
 SHUFFLENET = "shufflenet_v2_x0_5"
 """The smallest of torchvision's models with BatchNorm."""

@@ -6,7 +6,7 @@ from fgl_app.phases import initial_arrays, parameter_names
 from fgl_app.records import client_record, training_metrics
 from strategies import CheckedRounds
 from strategies.inner import build_inner
-from strategies.rounds import update_metrics
+from strategies.updates import update_metrics
 
 
 def record(values):
