@@ -150,7 +150,7 @@ def load_pipeline(
 
 def _fuse_lora(pipeline: Any, lora: str) -> None:
     try:
-        pipeline.load_lora_weights(lora, use_safetensors=True)
+        pipeline.load_lora_weights(locate(lora, "")[0], use_safetensors=True)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"`lora` must be a folder or hub id of LoRA weights for the generator, and needs the package peft, but "
@@ -162,7 +162,7 @@ def _fuse_lora(pipeline: Any, lora: str) -> None:
 
 def _load_decoder(decoder: str, dtype: torch.dtype) -> Any:
     try:
-        return AutoencoderTiny.from_pretrained(decoder, dtype=dtype, use_safetensors=True)
+        return AutoencoderTiny.from_pretrained(locate(decoder, "")[0], dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"`decoder` must be a folder or hub id of an AutoencoderTiny such as madebyollin/taesd, but {decoder!r} is "

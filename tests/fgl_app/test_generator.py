@@ -126,13 +126,14 @@ def test_deep_features_of_every_step_are_the_whole_unet_and_older_ones_come_clos
     assert (second - every).abs().mean() < 25
 
 
-def test_a_small_decoder_takes_the_place_of_the_own_one(tmp_path):
+def test_a_small_decoder_takes_the_place_of_the_own_one(tmp_path, monkeypatch):
     torch.manual_seed(0)
     AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(1, 1, 1),
     ).save_pretrained(tmp_path)  # fmt: skip
-    settings = dataclasses.replace(SETTINGS, decoder=str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    settings = dataclasses.replace(SETTINGS, decoder=f"~/{tmp_path.name}")
 
     ours, theirs = both(settings)
 
@@ -142,7 +143,7 @@ def test_a_small_decoder_takes_the_place_of_the_own_one(tmp_path):
         load_pipeline(dataclasses.replace(SETTINGS, decoder=str(tmp_path / "absent")), CPU)
 
 
-def test_a_lora_changes_what_is_drawn(tmp_path):
+def test_a_lora_changes_what_is_drawn(tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model_state_dict
 
     pipeline = load_pipeline(SETTINGS, CPU)
@@ -150,7 +151,8 @@ def test_a_lora_changes_what_is_drawn(tmp_path):
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
 
-    ours, theirs = both(dataclasses.replace(SETTINGS, lora=str(tmp_path)))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    ours, theirs = both(dataclasses.replace(SETTINGS, lora=f"~/{tmp_path.name}"))
 
     assert (images(ours) - images(theirs)).abs().max() <= 1
     assert (images(ours) - images(load_generator(SETTINGS, CPU))).abs().max() > 1
