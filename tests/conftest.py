@@ -22,6 +22,12 @@ hypothesis_settings.register_profile("ci", max_examples=200, deadline=None)
 hypothesis_settings.register_profile("nightly", max_examples=10_000, deadline=None)
 hypothesis_settings.load_profile("ci")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put whole runs first: begun at the end, they would leave all other processes idle."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
 SMALL = {
     "image-size": 8,
     "model": "cnn",
