@@ -1,4 +1,4 @@
-"""Real runs of what differs between methods: domains, prompts of the server, embeddings, comparisons."""
+"""Real runs of what differs between methods: domains, prompts of the server, baselines, comparisons."""
 
 import json
 import subprocess
@@ -38,54 +38,32 @@ def test_six_domains_one_per_client(domains, tmp_path):
     }
 
 
-def test_gpt_fl_asks_no_client_for_prompts_and_trains_some_of_them(tmp_path):
-    names = ("method=gpt-fl", "num-prompts-per-class=4", "strategy=FedAdam", "strategy-options=eta=0.01 tau=0.01")
-    more = ("fraction-train=0.5", "trackers=tensorboard", f"output-dir={tmp_path}", "run-name=gpt-fl")
-
-    fgl("run", *FAST, *names, *more, "--clients", 4, cwd=tmp_path)
-
-    found = results(tmp_path / "gpt-fl")
-    assert found["upload_bytes"]["prompts_per_client"] is None
-    assert found["rounds"][0]["upload_bytes"] == 0
-    assert found["rounds"][1]["clients"] == 2
-    assert found["rounds"][1]["gradient_diversity"] > 0
-    assert len((tmp_path / "gpt-fl" / "prompts.jsonl").read_text().splitlines()) == 40
-    assert list((tmp_path / "gpt-fl" / "tensorboard").iterdir())
-
-
-def test_embeddings_are_uploaded_and_drawn(tmp_path):
-    names = ("prompt-level=embedding", "embedding-summary=mean", f"output-dir={tmp_path}", "run-name=embedding")
-
-    fgl("run", *FAST, *names, "num-server-rounds=1", "--clients", 2, cwd=tmp_path)
-
-    found = results(tmp_path / "embedding")
-    upload = found["upload_bytes"]["prompts_per_client"]
-    # One mean per class of at most 32 tokens x 64 numbers of two bytes; at most ten classes.
-    assert 10 * 64 * 2 < upload["payload"] < 10 * (32 * 64 * 2 + 200)
-    assert found["one_shot_accuracy"] > 0.3
-    assert (tmp_path / "embedding" / "embeddings.safetensors").stat().st_mode & 0o777 == 0o600
-
-
 def test_a_comparison_runs_what_is_missing_and_writes_table_and_figures(tmp_path):
     settings = {key: _value(value) for key, value in (word.split("=") for word in FAST)}
+    gpt_fl = {
+        "method": "gpt-fl", "num-prompts-per-class": 4, "strategy": "FedAdam", "strategy-options": "eta=0.01 tau=0.01",
+        "trackers": "tensorboard",
+    }  # fmt: skip
     experiment = {
         "title": "Small",
-        "clients": 2,
+        "clients": 4,
         "seeds": [0],
-        "settings": settings,
+        "settings": settings | {"fraction-train": 0.5},
         "columns": {"IID": {"partition": "iid"}},
         "rows": {
             "FedAvg": {"method": "fedavg", "num-server-rounds": 1},
-            "FGL": {"num-server-rounds": 2},
-            "One-shot": {"of": "FGL", "round": 1},
-            "Fine-tuned": {"method": "centralized", "num-server-rounds": 1, "start-from": ["FGL", 1]},
+            "GPT-FL": gpt_fl,
+            "One-shot": {"of": "GPT-FL", "round": 1},
+            "Fine-tuned": {"method": "centralized", "num-server-rounds": 1, "start-from": ["GPT-FL", 1]},
         },
         "figures": [{"name": "rounds", "kind": "by-round", "title": "Accuracy per round"}],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
 
     first = fgl("compare", "small.yaml", "--jobs", 2, "--output-dir", "out", cwd=tmp_path)
-    (tmp_path / "out" / "runs" / "fgl--iid--seed-0" / "results.json").unlink()
+    runs = tmp_path / "out" / "runs"
+    fedavg, drawn, tuned = (runs / f"{name}--iid--seed-0" for name in ("fedavg", "gpt-fl", "fine-tuned"))
+    (drawn / "results.json").unlink()
     second = fgl("compare", "small.yaml", "--output-dir", "out", cwd=tmp_path)
 
     assert "3 runs, 0 finished, 3 to do" in first
@@ -94,20 +72,25 @@ def test_a_comparison_runs_what_is_missing_and_writes_table_and_figures(tmp_path
     assert "| FedAvg |" in table
     assert "—" not in table
     assert (tmp_path / "out" / "rounds.png").stat().st_size > 5_000
-    assert results(tmp_path / "out" / "runs" / "fgl--iid--seed-0")["synthesis"]["generated"] == 0
-    for name, method, phase in (
-        ("fedavg", "fedavg", "federated"),
-        ("fgl", "fgl", "one-shot"),
-        ("fine-tuned", "centralized", "centralized"),
+    for folder, method, phase in (
+        (fedavg, "fedavg", "federated"),
+        (drawn, "gpt-fl", "one-shot"),
+        (tuned, "centralized", "centralized"),
     ):
-        found = results(tmp_path / "out" / "runs" / f"{name}--iid--seed-0")
+        found = results(folder)
         assert (found["method"], found["rounds"][0]["phase"]) == (method, phase)
-        assert (found["synthesis"] is None) == (method != "fgl")
-    one_shot, tuned = ("out/runs/" + name for name in ("fgl--iid--seed-0", "fine-tuned--iid--seed-0"))
+        assert (found["synthesis"] is None) == (method != "gpt-fl")
+    found = results(drawn)
+    assert found["synthesis"]["generated"] == 0
+    # The server wrote the prompts: no client was asked for any, and half of them train in a round.
+    assert len((drawn / "prompts.jsonl").read_text().splitlines()) == 40
+    assert found["upload_bytes"]["prompts_per_client"] is None
+    assert found["rounds"][0]["upload_bytes"] == 0
+    assert found["rounds"][1]["clients"] == 2
+    assert found["rounds"][1]["gradient_diversity"] > 0
+    assert list((drawn / "tensorboard").iterdir())
     # One epoch more on real images starts where the one-shot model was, and not from random weights.
-    assert (
-        results(tmp_path / tuned)["rounds"][0]["accuracy"] > results(tmp_path / one_shot)["rounds"][0]["accuracy"] - 0.1
-    )
+    assert results(tuned)["rounds"][0]["accuracy"] > found["rounds"][0]["accuracy"] - 0.1
 
 
 def test_a_comparison_names_the_log_of_a_run_that_failed(tmp_path):

@@ -41,6 +41,19 @@ def test_a_server_optimizer_goes_on_after_a_restart_as_if_nothing_had_happened(t
         assert (halves / "checkpoints" / name).read_bytes() == (whole / "checkpoints" / name).read_bytes()
 
 
+def test_embeddings_are_uploaded_and_drawn(train_rounds):
+    by_mean = {"prompt_level": "embedding", "embedding_summary": "mean", "images_per_class": 16, "server_epochs": 8}
+
+    run_folder = train_rounds("embedding", 1, **by_mean, num_inference_steps=8, server_learning_rate=0.05)
+
+    found = json.loads((run_folder / "results.json").read_text())
+    upload = found["upload_bytes"]["prompts_per_client"]
+    # One mean per class of at most 32 tokens x 64 numbers of two bytes; at most ten classes.
+    assert 10 * 64 * 2 < upload["payload"] < 10 * (32 * 64 * 2 + 200)
+    assert found["one_shot_accuracy"] > 0.3
+    assert (run_folder / "embeddings.safetensors").stat().st_mode & 0o777 == 0o600
+
+
 class LateWhile:
     """The nodes that have not answered yet: one, for as long as ``waiting`` says."""
 
