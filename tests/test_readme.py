@@ -29,13 +29,13 @@ def test_the_readme_is_short_and_shows_runs():
     assert sum(line.startswith("fgl run ") for line in README.splitlines()) >= 6
 
 
-@pytest.mark.parametrize("page", ["README.md", "examples/README.md", "examples/synthesis/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
 def test_every_file_that_a_page_names_exists(page):
     text = (APP_FOLDER / page).read_text("utf-8")
     linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
     named = re.findall(r"`([\w*/]+\.(?:yaml|py))`", text) if page.startswith("examples") else []
 
-    assert linked or page.startswith("examples/synthesis")
+    assert linked
     for target in linked + named:
         assert list((APP_FOLDER / page).parent.glob(target)) or (APP_FOLDER / target).exists(), target
 
