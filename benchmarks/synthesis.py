@@ -6,6 +6,7 @@ images in memory, checked and ready to train on; theirs to the written files, wh
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -62,11 +63,19 @@ def our_procedure(plan: Plan) -> Callable[[], int]:
     return run
 
 
+def _flop_of_linear(values: tuple[int, ...], *_: object, out_shape: tuple[int, ...], **__: object) -> int:
+    return 2 * math.prod(values) * out_shape[-1]
+
+
+_PACKED_LAYERS = {torch.ops.mkldnn._linear_pointwise: _flop_of_linear}
+"""What PyTorch's counter does not know; see ``fgl_app/synthesis/packing.py``."""
+
+
 def flop_per_image(plan: Plan) -> float:
     """Count the floating-point operations of one image, a multiply-add as two."""
     generator = load_generator(plan.settings, torch.device(plan.device))
     conditions = generator.encode([(plan.budget[0].prompt, "")])
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_PACKED_LAYERS) as counter:
         generator.generate(conditions, [0])
     return float(counter.get_total_flops())
 

@@ -23,6 +23,7 @@ def train_locally(
     proximal_mu: float = 0.0,
     generator: torch.Generator,
     device: torch.device,
+    compiled: bool = False,
 ) -> float:
     """Run ``local_epochs`` epochs of SGD with a new optimizer (McMahan et al. 2017, Algorithm 1: ClientUpdate).
 
@@ -43,6 +44,7 @@ def train_locally(
         proximal_mu=proximal_mu,
         generator=generator,
         device=device,
+        compiled=compiled,
     )
 
 

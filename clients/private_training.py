@@ -14,7 +14,7 @@ from clients.local_training import WEIGHT_DECAY
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError
 from fgl_app.privacy.accounting import poisson_schedule
-from fgl_app.training import MOMENTUM, augment, normalize
+from fgl_app.training import MOMENTUM, augment
 
 _IMAGES_AT_A_TIME = 32
 """Each has gradients of its own in memory, as large as the model; a step adds up as many such parts as it needs."""
@@ -91,7 +91,7 @@ def train_privately(
             for number, rows in enumerate(parts, 1):
                 optimizer.zero_grad(set_to_none=True)
                 if len(rows):
-                    pixels = augment(normalize(data.images[rows].to(device)), augmentation, generator)
+                    pixels = augment(data.images[rows].to(device), augmentation, generator)
                     # Opacus 1.6 gives wrong gradients of convolutions, without a word, for channels-last images; its
                     # hooks on the first layer want images with a gradient.
                     pixels = pixels.contiguous().requires_grad_()

@@ -125,7 +125,9 @@ def build_model(name: str, num_classes: int, image_size: int, seed: int, *, imag
 
 def _load_imagenet(name: str, model: nn.Module) -> None:
     try:
-        pretrained = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
+        pretrained = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(
+            check_hash=True, weights_only=True
+        )
     except (OSError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"`initial-weights` imagenet must be downloaded by torchvision for {name}, but cannot be "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fgl_app.compilation import can_compile
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError
 
@@ -20,6 +22,8 @@ MOMENTUM = 0.9
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the red, green and blue of ImageNet's pixels, 0 to 1: what torchvision's pretrained weights expect."""
 _EVALUATION_BATCH = 256
+_CACHED_VALUES = 1 << 20
+"""Values of images that a CPU crops at a time, 4 MB."""
 _SHARE_OF_MEMORY = 0.5
 """Of a GPU's free memory, which images may take."""
 
@@ -42,15 +46,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def check_device(name: str) -> None:
-    """Check that the ``device`` setting names a device of this machine.
+def check_device(name: str, key: str = "device") -> None:
+    """Check that a setting, ``key``, names a device of this machine.
 
     Raises:
         ConfigError: If it asks for a GPU that PyTorch does not see.
     """
     device = pick_device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"`device` must be a device of this machine, but {name} is none. Use auto or cpu.")
+        raise ConfigError(f"`{key}` must be a device of this machine, but {name} is none. Use auto or cpu.")
 
 
 def train(
@@ -66,6 +70,7 @@ def train(
     proximal_mu: float = 0.0,
     generator: torch.Generator,
     device: torch.device,
+    compiled: bool = False,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> float:
     """Train a classifier in place by SGD with momentum 0.9 on the cross-entropy.
@@ -84,6 +89,7 @@ def train(
             none.
         generator: CPU generator of the order and the crops.
         device: Where to train.
+        compiled: Whether to compile the classifier first, where this machine can: a minute that many steps pay back.
         on_epoch: Called with the number of finished epochs and their last mean loss.
 
     Returns:
@@ -93,6 +99,9 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         _place(model, device).train()
+        network: Callable[..., torch.Tensor] = (
+            torch.compile(model, dynamic=False) if compiled and can_compile("training") else model
+        )
         optimizer = torch.optim.SGD(
             model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=weight_decay, fused=device.type == "cuda"
         )
@@ -104,15 +113,16 @@ def train(
         source = ImageSet(data.images.to(device), data.labels.to(device)) if resident else data
         for epoch in range(epochs):
             total = torch.zeros((), device=device)
-            batches = torch.randperm(len(data), generator=generator).split(batch_size)
+            order = torch.randperm(len(data), generator=generator)
+            batches = (order.to(device) if resident else order).split(batch_size)  # one copy, not one in every step
             # BatchNorm cannot normalise a single value: a batch of one is doubled, which leaves the mean as it is.
-            order = [rows.repeat(2) if len(rows) == 1 else rows for rows in batches]
-            taken = taken_on_device(source, order) if resident else prefetched(source, order, device)
+            steps = [rows.repeat(2) if len(rows) == 1 else rows for rows in batches]
+            taken = taken_on_device(source, steps) if resident else prefetched(source, steps, device)
             for rows, (images, labels) in zip(batches, taken, strict=True):
-                pixels = augment(normalize(images), augmentation, generator)
+                pixels = augment(images, augmentation, generator)
                 # Half precision where the hardware multiplies it faster; the weights stay in fp32.
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    loss = F.cross_entropy(_logits(model, pixels), labels)
+                    loss = F.cross_entropy(_logits(network, pixels), labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 for weight, first in zip(model.parameters(), anchor, strict=bool(anchor)):
@@ -140,8 +150,7 @@ def is_resident(images: torch.Tensor, device: torch.device) -> bool:
 def taken_on_device(source: ImageSet, order: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield images and labels of each batch of rows, from where they lie."""
     for rows in order:
-        chosen = rows.to(source.images.device)
-        yield source.images[chosen], source.labels[chosen]
+        yield source.images[rows], source.labels[rows]
 
 
 def prefetched(
@@ -202,39 +211,70 @@ def accuracy_by_domain(predictions: torch.Tensor, data: ImageSet, domains: Seque
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """Map uint8 ``[N, 3, S, S]`` to float32, channels last, so that ImageNet's pixels have mean 0 and variance 1."""
-    mean, sd = (
-        255 * torch.tensor(value, device=images.device)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_SD)
-    )
-    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(sd)
+    return _standardize(images.to(torch.float32, memory_format=torch.channels_last))
 
 
 def augment(images: torch.Tensor, augmentation: str, generator: torch.Generator) -> torch.Tensor:
-    """Crop 0.75 to 1 of the area at aspect ratios 3/4 to 4/3 (``crop``) and flip (``crop-flip``), each image by itself.
+    """Normalize, crop 0.75 to 1 of the area at aspect ratios 3/4 to 4/3 (``crop``) and flip (``crop-flip``).
 
     One ``grid_sample`` draws its own crop for every row; transforms of torchvision would draw one for the whole batch.
 
     Args:
-        images: float ``[N, 3, S, S]``.
+        images: uint8 ``[N, 3, S, S]``.
         augmentation: ``none``, ``crop`` or ``crop-flip``.
         generator: CPU generator.
 
     Returns:
-        float ``[N, 3, S, S]``.
+        float32 ``[N, 3, S, S]``, normalized as :func:`normalize` does.
     """
     if augmentation == "none":
-        return images
-    uniform = torch.rand(5, len(images), generator=generator)
+        return normalize(images)
+    windows = _draw_windows(len(images), augmentation == "crop-flip", generator).to(images.device, non_blocking=True)
+    pixels = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    # A CPU takes half the time where what lies between two steps of a few images stays in its cache.
+    rows = len(images) if images.is_cuda else max(1, _CACHED_VALUES // images[0].numel())
+    for into, part, of_part in zip(pixels.split(rows), images.split(rows), windows.split(rows), strict=True):
+        # Half precision would round the coordinates of the crops, by a part of a pixel.
+        with torch.autocast(images.device.type, enabled=False):
+            places = _sample_places(of_part, images.shape[-1])
+            whole = _standardize(part.float())
+            into.copy_(F.grid_sample(whole, places, mode="bilinear", padding_mode="border", align_corners=False))
+    return pixels
+
+
+def _draw_windows(count: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
+    """Draw windows of images, half of them mirrored if ``flip``: middle and extent along x and y, ``[count, 2, 2]``.
+
+    Coordinates run from -1 to 1; a mirrored window has a negative extent along x.
+    """
+    uniform = torch.rand(5, count, generator=generator)
     area = 0.75 + 0.25 * uniform[0]
     aspect = torch.exp(math.log(4 / 3) * (2 * uniform[1] - 1))
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    flip = torch.where(uniform[4] < 0.5, -1.0, 1.0) if augmentation == "crop-flip" else torch.ones(len(images))
-    theta = torch.zeros(len(images), 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = width * flip, height
-    theta[:, 0, 2], theta[:, 1, 2] = (2 * uniform[2] - 1) * (1 - width), (2 * uniform[3] - 1) * (1 - height)
-    # Half precision would round the coordinates of the crops, by a part of a pixel.
-    with torch.autocast(images.device.type, enabled=False):
-        grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    x, y = (2 * uniform[2] - 1) * (1 - width), (2 * uniform[3] - 1) * (1 - height)
+    mirror = torch.where(uniform[4] < 0.5, -1.0, 1.0) if flip else torch.ones(count)
+    return torch.stack([torch.stack([x, width * mirror], 1), torch.stack([y, height], 1)], 1)
+
+
+def _sample_places(windows: torch.Tensor, side: int) -> torch.Tensor:
+    """Return where to sample each window: ``[N, side, side, 2]``, what ``affine_grid`` gives in twice the time."""
+    steps = torch.arange(1 - side, side, 2, device=windows.device) / side  # the middles of pixels
+    along_x, along_y = (windows[:, :, :1] + windows[:, :, 1:] * steps).unbind(1)
+    shape = (len(windows), side, side)
+    return torch.stack([along_x[:, None].expand(shape), along_y[:, :, None].expand(shape)], -1)
+
+
+def _standardize(pixels: torch.Tensor) -> torch.Tensor:
+    """Map float32 ``[N, 3, S, S]``, 0 to 255, in place."""
+    mean, sd = _moments(pixels.device)
+    return pixels.sub_(mean).div_(sd)
+
+
+@functools.cache
+def _moments(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of ImageNet's pixels, 0 to 255, ``[3, 1, 1]``."""
+    mean, sd = (255 * torch.tensor(value, device=device)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_SD))
+    return mean, sd
 
 
 def _place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -244,7 +284,7 @@ def _place(model: nn.Module, device: torch.device) -> nn.Module:
     return placed
 
 
-def _logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def _logits(model: Callable[..., torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
     output = model(pixels)
     # googlenet and inception_v3 return their auxiliary logits beside the main ones while they train.
     return output if isinstance(output, torch.Tensor) else output.logits

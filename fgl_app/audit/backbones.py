@@ -73,7 +73,13 @@ def open_backbone(
 def _of_torchvision(name: str, device: torch.device) -> Backbone:
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT
-        model = torchvision.models.get_model(name, weights=weights).eval().to(device)
+        # Not by `weights=weights`, which would unpickle whatever the cached file holds.
+        state = weights.get_state_dict(check_hash=True, weights_only=True)
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, weights=None, **options).eval().to(device)
+        model.load_state_dict(state)
+        if hasattr(model, "transform_input"):
+            model.transform_input = True  # as these two were trained
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"`--backbone` {name} must have its weights in torch's cache or be downloaded, but neither works "

@@ -137,7 +137,7 @@ def load_pipeline(
             f'({type(error).__name__}: {error}). Use "tiny" or a folder or hub id with safetensors weights.'
         ) from None
     if settings.scheduler != "own":
-        pipeline.scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.scheduler.config)
+        pipeline.scheduler = with_solver(pipeline.scheduler, settings.scheduler)
     if settings.lora:
         _fuse_lora(pipeline, settings.lora)
     if settings.decoder:
@@ -146,6 +146,20 @@ def load_pipeline(
         pipeline.safety_checker = None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def with_solver(scheduler: Any, name: str) -> Any:
+    """Return the solver ``name`` with the noise schedule of a pipeline's own.
+
+    Raises:
+        ModelError: If the pipeline matches flows, as SD 3 and Flux do: these solvers would take its output for noise.
+    """
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        raise ModelError(
+            f"`scheduler` must be own for a generator that matches flows, as this one does, but is {name}. Use "
+            "scheduler=own, and with profile=balanced num-inference-steps, too."
+        )
+    return SCHEDULERS[name].from_config(scheduler.config)
 
 
 def _fuse_lora(pipeline: Any, lora: str) -> None:

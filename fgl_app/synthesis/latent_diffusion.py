@@ -1,25 +1,22 @@
 """Our own denoising loop for Stable Diffusion 1.x and 2.x, where nearly all of the method's work is done.
 
 It computes what the pipeline of diffusers computes from the same noise, and spends less: one static batch, solver
-coefficients tabulated once, each prompt encoded once, time embeddings shared by the batch, guidance only where it is
-asked for, deep features reused between steps (DeepCache), images reduced on the device.
+coefficients tabulated once, each prompt encoded once, time embeddings shared by the batch, one product for queries,
+keys and values, guidance only where it is asked for, deep features reused between steps (DeepCache), images reduced on
+the device.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import shutil
-import sys
-import sysconfig
 import threading
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from fgl_app.compilation import can_compile
 from fgl_app.errors import ModelError
+from fgl_app.synthesis.packing import pack
 from fgl_app.synthesis.plan import DrawSettings
 from fgl_app.synthesis.solvers import is_linear, tabulate
 from fgl_app.synthesis.unet import PlainUNet, is_plain
@@ -28,8 +25,6 @@ _DECODE_CHUNK = 8
 """Latents decoded at a time on a GPU: the decoder needs more memory per image than the UNet."""
 _ENCODE_BATCH = 16
 """Prompts encoded at a time, padded, so that no embedding depends on its neighbours."""
-_PYTHON_HEADERS = Path(sysconfig.get_path("include", "posix_prefix"))
-"""Where Triton looks for ``Python.h``; the scheme that Debian prefers names another folder."""
 
 
 class LatentDiffusion:
@@ -48,17 +43,22 @@ class LatentDiffusion:
         self._dtype = pipeline.unet.dtype
         self._solver = tabulate(pipeline.scheduler, settings.num_inference_steps)
         self._last_use = self._solver.last_use()
+        # 0-d tensors: numbers would be compiled anew at every step, and copying them then would stop the GPU.
+        self._timesteps = torch.tensor([step.timestep for step in self._solver.steps], device=self._device)
         side = settings.generation_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         self._latent_shape = (1, pipeline.unet.config.in_channels, *[side // pipeline.vae_scale_factor] * 2)
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
+        pipeline.unet.fuse_qkv_projections()  # one product in the place of three
+        pack(pipeline.unet)
+        pack(pipeline.vae)
         unet = PlainUNet(pipeline.unet)
         self._time_embedding, self._full, self._shallow = unet.time_embedding, unet.full, unet.shallow
         # Engines on other threads share the tokenizer, which cannot pad for two of them at once.
         self._encoding = threading.Lock()
-        if self._device.type == "cuda" and _can_compile():
-            self._full = torch.compile(unet.full, fullgraph=True)
-            self._shallow = torch.compile(unet.shallow, fullgraph=True)
+        if self._device.type == "cuda" and can_compile("synthesis"):
+            self._full = torch.compile(unet.full, fullgraph=True, dynamic=False)
+            self._shallow = torch.compile(unet.shallow, fullgraph=True, dynamic=False)
 
     @staticmethod
     def supports(pipeline: Any) -> bool:
@@ -116,8 +116,7 @@ class LatentDiffusion:
             guided = len(text) == 2 and settings.guidance_start <= number / count < settings.guidance_stop
             fed = (latents[number] * step.input_scale).to(self._dtype, memory_format=torch.channels_last)
             fed, hidden = (torch.cat([fed, fed]), both) if guided else (fed, conditional)
-            # A 0-d tensor: a number would be compiled anew at every step.
-            time = self._time_embedding(torch.tensor(step.timestep, device=self._device))
+            time = self._time_embedding(self._timesteps[number])
             if deep is not None and len(deep) > len(fed):
                 deep = deep[len(deep) - len(fed) :]
             if deep is None or len(deep) < len(fed) or number % settings.deep_cache_interval == 0:
@@ -159,25 +158,6 @@ class LatentDiffusion:
                 states, _ = self._pipeline.encode_prompt(padded, self._device, 1, False)
             encoded |= dict(zip(batch, states, strict=False))
         return encoded
-
-
-def lacking_for_compilation(environment: Mapping[str, str] = os.environ, headers: Path = _PYTHON_HEADERS) -> str | None:
-    """Return what Triton lacks here to compile for a GPU; None if it has a C compiler and Python's headers."""
-    path = environment.get("PATH")
-    compilers = [environment["CC"]] if "CC" in environment else ["gcc", "clang"]
-    if not any(shutil.which(name, path=path) for name in compilers):
-        return "a C compiler (gcc, clang or what $CC names)"
-    return None if (headers / "Python.h").exists() else "the headers of Python (python3-dev)"
-
-
-@functools.cache
-def _can_compile() -> bool:
-    lacking = lacking_for_compilation()
-    if lacking is not None:
-        sys.stderr.write(
-            f"synthesis: warning: the UNet runs uncompiled, and slower, because this machine lacks {lacking}\n"
-        )
-    return lacking is None
 
 
 def complete_embedding(embedding: torch.Tensor, pipeline: Any) -> torch.Tensor:

@@ -13,7 +13,7 @@ from fgl_app.errors import ModelError, SynthesisError
 from fgl_app.prompts import PromptBudget
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import PipelineCall, load_generator, load_pipeline
-from fgl_app.synthesis.latent_diffusion import LatentDiffusion, lacking_for_compilation
+from fgl_app.synthesis.latent_diffusion import LatentDiffusion
 from fgl_app.synthesis.plan import DrawSettings
 from fgl_app.synthesis.solvers import SCHEDULERS, tabulate
 
@@ -216,23 +216,6 @@ def test_an_image_that_is_no_number_is_drawn_again_in_fp32_and_then_left_out():
     ]
     expected = engine_of(plan).draw(unit).tensors["image"]
     assert torch.equal(drawn.tensors["image"], expected[[0, 1, 2, 4]])
-
-
-def test_kernels_are_compiled_only_where_a_compiler_and_the_headers_of_python_are_found(tmp_path):
-    tools, headers = tmp_path / "bin", tmp_path / "include"
-    for folder in (tools, headers):
-        folder.mkdir()
-    here = {"PATH": str(tools)}
-    assert "a C compiler" in (lacking_for_compilation(here, headers) or "")
-
-    for name in ("gcc", "mycc"):
-        (tools / name).touch(mode=0o755)
-    assert "python3-dev" in (lacking_for_compilation(here, headers) or "")
-    (headers / "Python.h").touch()
-
-    assert lacking_for_compilation(here, headers) is None
-    assert lacking_for_compilation(here | {"CC": "mycc"}, headers) is None
-    assert "a C compiler" in (lacking_for_compilation(here | {"CC": "absent"}, headers) or "")  # Triton calls no other
 
 
 def at_once(work, count: int) -> list:

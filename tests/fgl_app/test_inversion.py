@@ -53,7 +53,8 @@ def test_clipping_hides_nothing_and_noise_does(encoder):
     assert clipped.errors[0] < CERTAIN_ERROR
     assert recovered_share(TEXTS[1], clipped.texts[0]) == 1
     assert noisy.errors[0] > 0.5
-    assert recovered_share(TEXTS[1], noisy.texts[0]) < 0.5
+    # Long nonsense may hold the right words by chance, as the noise is no seed's: of all that is read few are right.
+    assert recovered_share(noisy.texts[0], TEXTS[1]) < 0.5
     assert noisy.shares == []
 
 

@@ -9,7 +9,7 @@ from torchvision import transforms
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError, ModelError
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
-from fgl_app.training import augment, evaluate, prefetched, taken_on_device, train
+from fgl_app.training import augment, evaluate, normalize, prefetched, taken_on_device, train
 
 CPU = torch.device("cpu")
 
@@ -75,12 +75,14 @@ def test_training_learns_and_is_repeatable():
     data = two_classes()
     model, again, other = (build_model("resnet18", 2, 8, seed=0) for _ in range(3))
     before = evaluate(model, data, CPU)
+    # At a constant step size the end of so few steps is a matter of the last bits.
+    options = {"epochs": 12, "batch_size": 16, "schedule": "cosine"}
 
-    loss = fit(model, data, epochs=12)
+    loss = fit(model, data, **options)
 
     assert evaluate(model, data, CPU).accuracy > max(0.9, before.accuracy)
-    assert fit(again, data, epochs=12) == loss
-    assert fit(other, data, epochs=12, seed=1) != loss
+    assert fit(again, data, **options) == loss
+    assert fit(other, data, seed=1, **options) != loss
     assert torch.equal(model.fc.weight, again.fc.weight)
 
 
@@ -102,34 +104,48 @@ def test_the_loss_is_the_mean_over_images():
     assert evaluate(model, data, CPU).loss == pytest.approx(expected, rel=1e-5)
 
 
+def ramps(count, side=16):
+    """Images that grow from left to right."""
+    return torch.linspace(0, 255, side).to(torch.uint8).expand(count, 3, side, side)
+
+
 def test_each_image_gets_a_crop_of_its_own(generator):
-    ramp = torch.linspace(-1, 1, 16).expand(3, 16, 16)
-    images = ramp.expand(8, 3, 16, 16)
+    images = ramps(8)
 
     cropped = augment(images, "crop", generator)
 
     assert len({tuple(row.flatten().tolist()) for row in cropped}) == 8
     # A crop of a ramp stays a ramp: never mirrored, never beyond the original's values.
     assert (cropped.diff(dim=-1) >= -1e-6).all()
-    assert cropped.abs().max() <= 1 + 1e-6
+    whole = normalize(images)
+    assert cropped.min() >= whole.min() - 1e-6
+    assert cropped.max() <= whole.max() + 1e-6
 
 
 def test_about_half_of_the_images_are_flipped(generator):
-    images = torch.linspace(-1, 1, 16).expand(200, 3, 16, 16)
-
-    flipped = augment(images, "crop-flip", generator).diff(dim=-1).mean((1, 2, 3)) < 0
+    flipped = augment(ramps(200), "crop-flip", generator).diff(dim=-1).mean((1, 2, 3)) < 0
 
     assert 70 < int(flipped.sum()) < 130
 
 
 def test_no_augmentation_changes_nothing(generator):
-    images = torch.rand(2, 3, 8, 8)
+    images = ramps(2)
 
-    assert augment(images, "none", generator) is images
+    assert torch.equal(augment(images, "none", generator), normalize(images))
+
+
+def test_crops_do_not_depend_on_how_many_are_cropped_at_a_time(monkeypatch):
+    images = torch.randint(0, 256, (5, 3, 12, 12), dtype=torch.uint8)
+
+    together = augment(images, "crop-flip", torch.Generator().manual_seed(1))
+    monkeypatch.setattr("fgl_app.training._CACHED_VALUES", 2 * 3 * 12 * 12)
+    in_pairs = augment(images, "crop-flip", torch.Generator().manual_seed(1))
+
+    assert torch.equal(together, in_pairs)
 
 
 def test_half_precision_moves_no_crop():
-    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
 
     exact = augment(images, "crop-flip", torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
