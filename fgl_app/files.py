@@ -51,7 +51,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read what :func:`write_json_lines` wrote; an absent file is empty."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    # Not splitlines(): JSON's strings may hold characters that it takes for ends of lines.
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def sha256(content: bytes) -> str:

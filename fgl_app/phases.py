@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
 
+import torch
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from torch import nn
@@ -85,6 +86,7 @@ def resolve(settings: Settings) -> dict[str, str]:
     return {
         "output_dir": str(Path(settings.run.output_dir).expanduser()),
         "device": str(pick_device(settings.run.device)),
+        "synthesis_device": str(synthesis_device(settings)),
         "data_set": settings.card.title,
         "card": settings.card.digest(),
         "class_names": ",".join(settings.card.class_names()),
@@ -125,11 +127,18 @@ def write_server_prompts(settings: Settings) -> MergedPrompts:
     return MergedPrompts(tuple(prompts), card.class_names())
 
 
+def synthesis_device(settings: Settings) -> torch.device:
+    """Return where images are drawn, which may be another machine's device."""
+    named = settings.synthesis.synthesis_device
+    return pick_device(settings.run.device if named == "auto" else named)
+
+
 def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) -> Plan:
     """Decide what the worker shall draw for the merged prompts."""
     chosen = settings.synthesis
     shipped = chosen.generator == "tiny"
-    device = pick_device(settings.run.device)
+    device = synthesis_device(settings)
+    class_names = tuple(settings.card.prompt_names(merged.class_names))
     return Plan(
         DrawSettings(
             generator=chosen.generator,
@@ -150,10 +159,11 @@ def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) 
             stored_size=chosen.stored_size,
             seed=settings.run.seed,
             contents=content_of(chosen.generator, chosen.lora, chosen.decoder, chosen.filter),
+            filter_classes=class_names if chosen.filter else (),
         ),
         tuple(spread_budget(merged.prompts, chosen.images_per_class, chosen.prompt_budget == "uniform")),
         {name: settings.prompt_form(name or None).negative for name in ("", *settings.card.domains)},
-        tuple(settings.card.prompt_names(merged.class_names)),
+        class_names,
         str(embeddings_file) if merged.embeddings else "",
         str(device),
         draw_batch_size(str(device), chosen.synthesis_batch_size),
@@ -251,6 +261,7 @@ def train_on_server(
         schedule=settings.training.server_schedule,
         generator=torch_generator(settings.run.seed, *scope),
         device=pick_device(settings.run.device),
+        compiled=settings.training.compile_training,
         on_epoch=report,
     )
     return to_arrays(model)

@@ -161,8 +161,8 @@ class UnitStore:
             ) from None
 
     def has(self, unit_id: str) -> bool:
-        """Return whether a unit is committed; whether it is sound is seen when it is read."""
-        return self._manifest_path(unit_id).exists()
+        """Return whether a unit is committed, as :meth:`index` sees it; its checksum is taken when it is read."""
+        return self._manifest(unit_id) is not None
 
     def is_sound(self, unit_id: str, manifest: Mapping[str, Any]) -> bool:
         """Return whether the file of a unit is what its manifest says."""
@@ -286,29 +286,31 @@ class UnitStore:
     def _manifests(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the sound manifests in the order of their names."""
         try:
-            entries = {entry.name: entry.stat().st_size for entry in os.scandir(self.units_folder)}
+            names = sorted(os.listdir(self.units_folder))
         except OSError:
             return
-        for name in sorted(entries):
+        for name in names:
             unit_id, dot, extension = name.partition(".")
-            if dot + extension != ".json":
-                continue
-            try:
-                manifest = json.loads((self.units_folder / name).read_text("utf-8"))
-                sound = (
-                    manifest["unit_id"] == unit_id
-                    and manifest["num_bytes"] == entries.get(f"{unit_id}.safetensors")
-                    and len(bytes.fromhex(manifest["sample_ids"])) == 16 * manifest["num_images"]
-                    and all(len(bytes.fromhex(each)) == 16 for each in manifest.setdefault("left_out", {}))
-                    and isinstance(manifest["sha256"], str)
-                    and 0 <= float(manifest.setdefault("seconds", 0.0)) < float("inf")
-                    and all(0 <= rejected <= seen for seen, rejected in manifest.get("judged", {}).values())
-                    and int(manifest.get("batch_size", 1)) > 0
-                )
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-                continue
-            if sound:
+            if dot + extension == ".json" and (manifest := self._manifest(unit_id)) is not None:
                 yield unit_id, manifest
+
+    def _manifest(self, unit_id: str) -> dict[str, Any] | None:
+        """Read one manifest; None if it is absent, damaged, or its file is absent or of another size."""
+        try:
+            manifest: dict[str, Any] = json.loads(self._manifest_path(unit_id).read_text("utf-8"))
+            sound = (
+                manifest["unit_id"] == unit_id
+                and manifest["num_bytes"] == self._tensors_path(unit_id).stat().st_size
+                and len(bytes.fromhex(manifest["sample_ids"])) == 16 * manifest["num_images"]
+                and all(len(bytes.fromhex(each)) == 16 for each in manifest.setdefault("left_out", {}))
+                and isinstance(manifest["sha256"], str)
+                and 0 <= float(manifest.setdefault("seconds", 0.0)) < float("inf")
+                and all(0 <= rejected <= seen for seen, rejected in manifest.get("judged", {}).values())
+                and int(manifest.get("batch_size", 1)) > 0
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            return None
+        return manifest if sound else None
 
     def _tensors_path(self, unit_id: str) -> Path:
         return self.units_folder / f"{unit_id}.safetensors"
@@ -322,6 +324,15 @@ def _allocate(shape: tuple[int, ...], backing: Path | None) -> torch.Tensor:
     num_bytes = math.prod(shape)
     if backing is None or num_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().available:
         return torch.zeros(shape, dtype=torch.uint8)
+    try:
+        with backing.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a hole would end the process where the disk is full
+    except OSError as error:
+        backing.unlink(missing_ok=True)
+        raise SynthesisError(
+            f"{str(backing.parent)!r} must have room for the synthetic set, {num_bytes:,} bytes, because memory has "
+            f"none, but has not ({error.strerror}). Make room, or use a smaller `image-size`."
+        ) from None
     mapped = torch.from_file(str(backing), shared=True, size=num_bytes, dtype=torch.uint8).view(shape)
     backing.unlink()  # the mapping keeps the bytes until it goes
     return mapped

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from fgl_app.errors import SynthesisError
 from fgl_app.store import DamagedUnitsError, UnitStore
+
+_MAY_BE_WRITTEN_S = 600.0
+"""Age below which an unfinished file may be a worker's that is at work."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def verify(store: UnitStore) -> Iterator[Finding]:
         unit_id, _, extension = path.name.partition(".")
         if unit_id in sound and extension in ("json", "safetensors"):
             continue
-        if path.name.startswith(".") or (extension == "safetensors" and not store.has(unit_id)):
+        if path.name.startswith(".") or (extension == "safetensors" and not path.with_suffix(".json").exists()):
             yield Finding(path, "unfinished")
         elif extension in ("json", "safetensors") and _is_hexadecimal(unit_id):
             yield Finding(path, "damaged")
@@ -76,14 +81,21 @@ def verify(store: UnitStore) -> Iterator[Finding]:
 
 
 def repair(findings: list[Finding]) -> int:
-    """Remove what is damaged or unfinished, so that it is drawn again; return the number of files removed."""
+    """Remove what is damaged or unfinished, so that it is drawn again; return the number of files removed.
+
+    Unfinished files of the last ten minutes stay: a worker may be writing them.
+    """
     # The manifest goes first: a unit without one does not exist.
-    removed = sorted(
-        (item.path for item in findings if item.kind != "foreign"), key=lambda path: path.suffix != ".json"
+    concerned = sorted(
+        (item for item in findings if item.kind != "foreign"), key=lambda item: item.path.suffix != ".json"
     )
-    for path in removed:
-        path.unlink(missing_ok=True)
-    return len(removed)
+    removed = 0
+    for item in concerned:
+        with contextlib.suppress(FileNotFoundError):
+            if item.kind == "damaged" or time.time() - item.path.stat().st_mtime > _MAY_BE_WRITTEN_S:
+                item.path.unlink()
+                removed += 1
+    return removed
 
 
 def contents(store: UnitStore) -> Contents:

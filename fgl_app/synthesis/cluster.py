@@ -85,7 +85,11 @@ def draw_on_cluster(
             number, unit = running.pop(finished)
             try:
                 count = ray.get(finished)
-            except RayActorError:
+            except RayActorError as error:
+                if "creation task" in str(error):
+                    raise SynthesisError(
+                        f"A synthesis actor must be able to start, but: {str(error).strip().splitlines()[-1]}"
+                    ) from None
                 raise SynthesisError(
                     f"A synthesis actor must survive its unit, but {_MAX_RETRIES + 1} died of unit {unit.unit_id}: out "
                     "of memory, or killed. Finished units are kept."

@@ -20,6 +20,8 @@ from fgl_app.synthesis.plan import Plan, Sample, Unit
 
 NOT_FINITE, REJECTED = "not finite", "rejected"
 """Why an image is left out: no number in fp32 either; rejected by a judge every time."""
+_KEPT_CONDITIONS = 256
+"""Encoded prompts that are kept, 80 MB of Stable Diffusion's."""
 
 
 @dataclass(frozen=True)
@@ -144,16 +146,16 @@ class Engine:
         return torch.cat(parts), torch.cat(finite)
 
     def _encode(self, generator: Generator, samples: Sequence[Sample]) -> list[Any]:
-        """Encode each distinct prompt once; units are sorted by prompt, so that only the last unit's are kept."""
+        """Encode each distinct prompt once, as long as it is among the last :data:`_KEPT_CONDITIONS`."""
         keys = [(sample.prompt, sample.negative) for sample in samples]
         if generator is not self.generator:
             return generator.encode([(self.embeddings.get(prompt, prompt), negative) for prompt, negative in keys])
         new = [key for key in dict.fromkeys(keys) if key not in self._encoded]
         fresh = generator.encode([(self.embeddings.get(prompt, prompt), negative) for prompt, negative in new])
-        self._encoded = {key: self._encoded[key] for key in keys if key in self._encoded} | dict(
-            zip(new, fresh, strict=True)
-        )
-        return [self._encoded[key] for key in keys]
+        used = {key: self._encoded.pop(key) for key in dict.fromkeys(keys) if key in self._encoded}
+        used |= zip(new, fresh, strict=True)
+        self._encoded = dict(list((self._encoded | used).items())[-_KEPT_CONDITIONS:])
+        return [used[key] for key in keys]
 
 
 def _group(sample: Sample) -> str:

@@ -109,6 +109,11 @@ def synthesize(
             report_progress(f"synthesis: drawing again, because damaged: {', '.join(damaged.units)}")
             store.discard(damaged.units)
             held &= ~index.within(wanted, damaged.units)
+    if len(images) == 0:
+        raise SynthesisError(
+            f"At least one image must be kept, but all {len(wanted):,} were left out: "
+            f"{dict(index.left_out(wanted))}. Look at `filter`, `safety-checker` and `generator`."
+        )
     judged: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     for manifest in index.of(wanted):

@@ -15,12 +15,12 @@ from fgl_app.files import canonical_json, write_json
 from fgl_app.prompts import PromptBudget
 from fgl_app.rng import derive_seed
 
-CPU_BATCH_SIZE = 32
-"""Images drawn at a time on a CPU, whatever the settings say: at another shape the same noise gives pixels that round
-differently, one in some 20,000, by one level."""
-
 UNIT_SIZE = 64
 """Images per unit: what a crash can cost at most."""
+
+CPU_BATCH_SIZE = UNIT_SIZE
+"""Images drawn at a time on a CPU, whatever the settings say: at another shape the same noise gives pixels that round
+differently, one in some 20,000, by one level."""
 
 
 def draw_batch_size(device: str, asked: int) -> int:
@@ -71,11 +71,13 @@ class DrawSettings:
     """The run's seed."""
     contents: str = ""
     """Hash of the content of the folders among generator, LoRA, decoder and filter; empty if none is a folder."""
+    filter_classes: tuple[str, ...] = ()
+    """Classes between which the filter decides; empty without one."""
 
     def digest(self) -> str:
         """Hash that is equal for equal settings."""
-        # An image from hub ids or shipped models keeps the identity that it had before there were `contents`.
-        told = {key: value for key, value in asdict(self).items() if key != "contents" or value}
+        # An image from hub ids or shipped models keeps the identity that it had before there were these two.
+        told = {key: value for key, value in asdict(self).items() if key not in ("contents", "filter_classes") or value}
         return hashlib.sha256(canonical_json(told)).hexdigest()
 
 
@@ -163,12 +165,14 @@ class Plan:
         """
         try:
             value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            settings = value["settings"]
             return Plan(
-                DrawSettings(**value["settings"]),
+                DrawSettings(**settings | {"filter_classes": tuple(settings.get("filter_classes", ()))}),
                 tuple(PromptBudget(**item) for item in value["budget"]),
                 value["negatives"],
                 tuple(value["class_names"]),
-                value["embeddings"],
+                # Another machine may know the folder, which holds both files, by another name.
+                str(path.with_name(Path(value["embeddings"]).name)) if value["embeddings"] else "",
                 value["device"],
                 value["batch_size"],
             )

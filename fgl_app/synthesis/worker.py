@@ -26,6 +26,10 @@ from tqdm import tqdm
 from fgl_app.errors import FGLError
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan, Unit
+from fgl_app.training import check_device
+
+_SHUFFLED_UNITS = 512
+"""Units out of which the next one is drawn by lot."""
 
 
 class UnitWorker:
@@ -49,6 +53,7 @@ class UnitWorker:
         from fgl_app.synthesis.generator import load_generator, load_judges
 
         self._store = UnitStore(folder, plan.settings.digest())
+        check_device(plan.device, "synthesis-device")
         device = torch.device(plan.device)
         generator = load_generator(plan.settings, device)
         load_exact = functools.cache(lambda: load_generator(plan.settings, device, torch.float32))
@@ -108,6 +113,21 @@ def missing_units(plan: Plan, store: UnitStore) -> Iterator[Unit]:
             yield Unit(tuple(sample for sample, there in zip(unit.samples, held, strict=True) if not there))
 
 
+def shuffled(units: Iterator[Unit]) -> Iterator[Unit]:
+    """Yield units in a random order, each out of the next :data:`_SHUFFLED_UNITS`.
+
+    Workers that share a store skip what another has committed: where all walk alike, those that meet draw the same from
+    then on.
+    """
+    chance = secrets.SystemRandom()
+    waiting = list(islice(units, _SHUFFLED_UNITS))
+    while waiting:
+        place = chance.randrange(len(waiting))
+        waiting[place], waiting[-1] = waiting[-1], waiting[place]
+        yield waiting.pop()
+        waiting += islice(units, 1)
+
+
 def work(plan: Plan, folder: Path, num_workers: int = 0, ray_address: str = "") -> int:
     """Draw what the store lacks of ``plan``, with a progress bar.
 
@@ -125,9 +145,9 @@ def work(plan: Plan, folder: Path, num_workers: int = 0, ray_address: str = "") 
     missing = sum(sizes)
     if not missing:
         return 0
-    # Workers that share a store begin at different units and skip what another has committed: they share the work.
+    # Workers that share a store begin at different places.
     first = secrets.randbelow(len(sizes))
-    units = chain(islice(missing_units(plan, store), first, None), islice(missing_units(plan, store), first))
+    units = shuffled(chain(islice(missing_units(plan, store), first, None), islice(missing_units(plan, store), first)))
     if num_workers:
         from fgl_app.synthesis.cluster import draw_on_cluster
 

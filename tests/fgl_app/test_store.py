@@ -66,6 +66,21 @@ def test_a_set_larger_than_the_memory_is_mapped_from_a_file(tmp_path, monkeypatc
     assert not (tmp_path / "images").exists()
 
 
+def test_a_mapped_set_without_room_is_one_sentence(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1, 2), {})
+    monkeypatch.setattr("fgl_app.store._SHARE_OF_MEMORY", 0.0)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+    with pytest.raises(SynthesisError, match=r"must have room for the synthetic set, 96 bytes.*No space left"):
+        store.read(ids(1, 2), backing=tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+
+
 def test_an_absent_image_is_an_error(tmp_path):
     store = open_store(tmp_path)
     store.commit("aa", unit(1), {})
@@ -94,6 +109,8 @@ def test_a_unit_whose_file_is_short_or_gone_does_not_exist(tmp_path, kind):
     damage(store.units_folder / "aa.safetensors", kind)
 
     assert not store.index().holds(ids(1)).any()
+    store.commit("aa", unit(1), {})  # a worker that draws it again must not find it there
+    assert store.read(ids(1)).images.max() == 1
 
 
 def test_a_flipped_byte_is_found_before_it_is_used_and_the_unit_is_named(tmp_path):
@@ -117,6 +134,17 @@ def test_a_damaged_manifest_is_an_absent_unit(tmp_path, content):
     (store.units_folder / "aa.json").write_bytes(content)
 
     assert not store.index().holds(ids(1)).any()
+    store.commit("aa", unit(1), {})
+    assert store.index().holds(ids(1)).all()
+
+
+def test_files_that_others_write_meanwhile_hide_nothing(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    store.commit("aa", unit(1), {})
+    listed = os.listdir(store.units_folder)
+    monkeypatch.setattr(os, "listdir", lambda folder: [*listed, ".bb.json.x7", "cc.json"])  # gone when they are read
+
+    assert store.index().holds(ids(1)).all()
 
 
 def test_a_manifest_that_claims_other_images_is_found(tmp_path):

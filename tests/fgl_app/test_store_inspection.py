@@ -1,3 +1,5 @@
+import os
+
 from test_store import damage, ids, open_store, unit
 from typer.testing import CliRunner
 
@@ -25,6 +27,18 @@ def spoil(store):
     (store.units_folder / f"{C}.json").unlink()
     (store.units_folder / f".{C}.json.x7").write_text("{")
     (store.units_folder / "notes.txt").write_text("mine")
+    for file in (f"{C}.safetensors", f".{C}.json.x7"):
+        os.utime(store.units_folder / file, (0, 0))
+
+
+def test_what_a_worker_may_be_writing_is_named_and_left(tmp_path):
+    store = filled(tmp_path)
+    (store.units_folder / f".{C}.json.x7").write_text("{")
+
+    findings = list(verify(store))
+
+    assert [finding.kind for finding in findings] == ["unfinished"]
+    assert repair(findings) == 0
 
 
 def test_a_sound_store_has_no_findings(tmp_path):

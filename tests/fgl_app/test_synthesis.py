@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fgl_app.config import APP_FOLDER, parse_run_config
-from fgl_app.errors import ModelError, SynthesisError
+from fgl_app.errors import ConfigError, ModelError, SynthesisError
 from fgl_app.phases import draw_plan
 from fgl_app.prompts import MergedPrompts, PromptBudget, PromptCount
 from fgl_app.store import UnitStore, as_ids
@@ -24,7 +24,7 @@ from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import load_generator, load_pipeline
 from fgl_app.synthesis.launch import _pass_on, synthesize
 from fgl_app.synthesis.plan import UNIT_SIZE, DrawSettings, Plan, Unit
-from fgl_app.synthesis.worker import work
+from fgl_app.synthesis.worker import shuffled, work
 
 SETTINGS = DrawSettings(
     generator="tiny", generator_revision="", lora="", decoder="", scheduler="own", num_inference_steps=2,
@@ -68,6 +68,45 @@ def test_a_plan_does_not_depend_on_the_order_of_prompts():
     assert list(plan_of(*budget).units()) == list(plan_of(*shuffled).units())
 
 
+def test_workers_visit_every_unit_once_each_in_an_order_of_its_own(monkeypatch):
+    monkeypatch.setattr("fgl_app.synthesis.worker._SHUFFLED_UNITS", 8)
+    units = list(plan_of(PromptBudget(0, "a", 40 * UNIT_SIZE)).units())
+
+    one, other = (list(shuffled(iter(units))) for _ in range(2))
+
+    assert {unit.unit_id for unit in one} == {unit.unit_id for unit in other} == {unit.unit_id for unit in units}
+    assert len(one) == len(units)
+    assert one != other
+    assert max(place - units.index(unit) for place, unit in enumerate(one)) >= 0
+    assert max(units.index(unit) - place for place, unit in enumerate(one)) < 8
+
+
+def test_the_classes_between_which_a_filter_decides_are_part_of_the_identity(run_config, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    def digest(names, **changes):
+        settings = parse_run_config(run_config | {"dataset": "folder", "class-names": ",".join(names)} | changes)
+        prompts = MergedPrompts((PromptCount(0, "a cat", 1),), names)
+        return draw_plan(settings, prompts, tmp_path / "none").settings.digest()
+
+    assert digest(("cat", "dog")) == digest(("cat", "dog", "eel"))
+    assert digest(("cat", "dog"), filter=str(tmp_path)) != digest(("cat", "dog", "eel"), filter=str(tmp_path))
+
+
+def test_a_plan_draws_on_the_device_that_is_named_for_it(run_config, tmp_path):
+    prompts = MergedPrompts((PromptCount(0, "zero", 1),), ("zero", "one"))
+
+    def plan(**changes):
+        return draw_plan(parse_run_config(run_config | {"device": "cpu"} | changes), prompts, tmp_path / "none")
+
+    assert (plan().device, plan().batch_size) == ("cpu", UNIT_SIZE)
+    elsewhere = plan(**{"synthesis-device": "cuda", "synthesis-batch-size": 16})
+    assert (elsewhere.device, elsewhere.batch_size) == ("cuda", 16)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="`synthesis-device` must be a device of this machine, but cuda is none"):
+            work(elsewhere, tmp_path)
+
+
 def test_units_hold_every_sample_once():
     units = list(plan_of(PromptBudget(0, "a", 70), PromptBudget(1, "b", 60)).units())
 
@@ -86,11 +125,18 @@ def test_other_settings_give_other_identities(change):
 
 
 def test_a_plan_survives_its_file_which_only_the_owner_reads(tmp_path):
-    plan = plan_of(PromptBudget(0, "a", 3))
+    plan = plan_of(PromptBudget(0, "a", 3), filter="clip", filter_classes=("zero", "one"))
+    plan = dataclasses.replace(plan, embeddings=str(tmp_path / "embeddings.safetensors"))
+    (tmp_path / "mounted").mkdir()
 
     plan.save(tmp_path / "plan.json")
+    plan.save(tmp_path / "mounted" / "plan.json")
 
     assert Plan.load(tmp_path / "plan.json") == plan
+    # Elsewhere the run's folder has another name.
+    assert Plan.load(tmp_path / "mounted" / "plan.json").embeddings == str(
+        tmp_path / "mounted" / "embeddings.safetensors"
+    )
     assert (tmp_path / "plan.json").stat().st_mode & 0o777 == 0o600
     with pytest.raises(SynthesisError, match="must be a synthesis plan"):
         Plan.load(tmp_path / "absent.json")
@@ -179,6 +225,36 @@ def test_runs_of_one_folder_never_draw_an_image_twice(tmp_path):
     assert (report.generated, report.reused) == (2, 4)
     shutil.rmtree(tmp_path / "a")  # links, so that each folder stands alone
     assert len(store_of(second, tmp_path / "b" / "synthetic").read(ids_of(second))) == 6
+
+
+def test_a_set_of_which_nothing_is_left_is_one_sentence(tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", 2))
+    work(plan, tmp_path / "store")
+    store = store_of(plan, tmp_path / "store")
+    (unit,) = plan.units()
+    drawn = engine_of(plan).draw(unit)
+    store.discard([unit.unit_id])
+    nothing = {name: tensor[:0] for name, tensor in drawn.tensors.items()}
+    left_out = {sample.sample_id.hex(): "rejected" for sample in unit.samples}
+    store.commit(unit.unit_id, nothing, {"left_out": left_out, "seconds": 1.0, "batch_size": 8})
+
+    with pytest.raises(SynthesisError, match=r"all 2 were left out: \{'rejected': 2\}"):
+        synthesize(plan, tmp_path / "store", tmp_path, print)
+
+
+@pytest.mark.parametrize("kind", ["manifest", "images"])
+def test_a_unit_that_lost_a_part_of_a_file_is_drawn_again(tmp_path, kind):
+    plan = plan_of(PromptBudget(0, "zero", 2))
+    work(plan, tmp_path / "store")
+    store = store_of(plan, tmp_path / "store")
+    before = store.content_hash(ids_of(plan))
+    (file,) = store.units_folder.glob("*.json" if kind == "manifest" else "*.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+
+    images, report = synthesize(plan, tmp_path / "store", tmp_path, print)
+
+    assert (len(images), report.generated) == (2, 2)
+    assert store.content_hash(ids_of(plan)) == before
 
 
 def test_a_damaged_unit_is_named_and_drawn_again(tmp_path):
