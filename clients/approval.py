@@ -23,17 +23,23 @@ def approvals_folder() -> Path:
 
 
 def wait_for_approval(
-    prompts: Sequence[PromptCount], class_names: Sequence[str], run_name: str, folder: Path, timeout_s: float
+    prompts: Sequence[PromptCount],
+    class_names: Sequence[str],
+    run_name: str,
+    terms: str,
+    folder: Path,
+    timeout_s: float,
 ) -> None:
     """Write what would be sent into a preview, and wait until its owner approves exactly that.
 
-    What was approved once is not asked for again. The run is then one in which the node takes part; see
-    :func:`check_approved`.
+    What was approved once is not asked for again in the same run. The run is then one in which the node takes part;
+    see :func:`check_approved`.
 
     Args:
         prompts: What would be sent.
         class_names: Names of the classes that the prompts' labels count.
         run_name: Tells the owner what it is for.
+        terms: Hash of the run's settings: an approval does not hold for a run of this name with others.
         folder: Of the previews.
         timeout_s: Seconds to wait.
 
@@ -41,7 +47,7 @@ def wait_for_approval(
         ApprovalError: If the owner rejects it, or does nothing in time.
     """
     rows = [[class_names[item.label], item.count, item.prompt, item.domain] for item in prompts]
-    preview = folder / f"{sha256(canonical_json(rows))[:16]}.json"
+    preview = folder / f"{sha256(canonical_json([run_name, terms, rows]))[:16]}.json"
     write_json(preview, {"run": run_name, "prompts": rows}, mode=0o600)
     end = time.monotonic() + timeout_s
     while not preview.with_suffix(_APPROVED).exists():
@@ -53,24 +59,25 @@ def wait_for_approval(
                 f"{str(preview)!r}, then `fgl approve {preview.stem}` on this node."
             )
         time.sleep(_POLL_S)
-    write_atomically(_mark_of_run(run_name, folder), preview.stem.encode(), mode=0o600)
+    write_atomically(_mark_of_run(run_name, terms, folder), preview.stem.encode(), mode=0o600)
 
 
-def check_approved(run_name: str, folder: Path) -> None:
+def check_approved(run_name: str, terms: str, folder: Path) -> None:
     """Check that the owner approved this run's prompts, before anything else is computed for it.
 
     Raises:
         ApprovalError: If it has sent none that its owner approved, or the owner has rejected them since.
     """
-    mark = _mark_of_run(run_name, folder)
+    mark = _mark_of_run(run_name, terms, folder)
     if not mark.exists() or not (folder / f"{mark.read_text('utf-8')}{_APPROVED}").exists():
         raise ApprovalError(
-            f"This node takes part only in runs whose prompts its owner approved, but no prompts for {run_name!r} were."
+            f"This node takes part only in runs whose prompts its owner approved, but no prompts for {run_name!r} "
+            "with these settings were."
         )
 
 
-def _mark_of_run(run_name: str, folder: Path) -> Path:
-    return folder / f"{sha256(run_name.encode())[:16]}.run"
+def _mark_of_run(run_name: str, terms: str, folder: Path) -> Path:
+    return folder / f"{sha256(canonical_json([run_name, terms]))[:16]}.run"
 
 
 def pending(folder: Path) -> list[str]:

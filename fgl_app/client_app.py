@@ -30,6 +30,7 @@ from fgl_app import tiny
 from fgl_app.config import parse_run_config
 from fgl_app.data.sources import ClientData, load_client_data
 from fgl_app.errors import DataError, FGLError, PromptError
+from fgl_app.files import canonical_json, sha256
 from fgl_app.foundation_models import identity_of
 from fgl_app.models import build_model, from_arrays, to_arrays
 from fgl_app.privacy.prompt_leaks import public_words
@@ -46,6 +47,7 @@ from fgl_app.records import (
     prompts_reply,
     training_metrics,
 )
+from fgl_app.reporting.run_folder import FREE_KEYS
 from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings
 from fgl_app.training import pick_device
@@ -110,7 +112,12 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
         raise PromptError("The defences must leave some prompts to send, but left none. Use a larger epsilon.")
     if _needs_approval(settings, context):
         wait_for_approval(
-            written, data.class_names, settings.run.run_name, approvals_folder(), settings.policy.prompt_deadline_s
+            written,
+            data.class_names,
+            settings.run.run_name,
+            _terms(settings),
+            approvals_folder(),
+            settings.policy.prompt_deadline_s,
         )
     upload = Upload(written, data.class_names)
     if settings.prompts.prompt_level == "embedding":
@@ -127,7 +134,7 @@ def train(message: Message, settings: Settings, context: Context) -> RecordDict:
     model = _received_model(message, settings, data.class_names)
     config = cast(ConfigRecord, message.content[CONFIG])
     training, privacy = settings.training, settings.privacy
-    train_model: Callable[..., float | None] = train_locally
+    train_model: Callable[..., float | None] = functools.partial(train_locally, compiled=training.compile_training)
     if privacy.example_dp_noise:
         from clients.private_training import train_privately  # seconds of import
 
@@ -177,7 +184,12 @@ def _needs_approval(settings: Settings, context: Context) -> bool:
 
 def _check_approved(settings: Settings, context: Context) -> None:
     if _needs_approval(settings, context):
-        check_approved(settings.run.run_name, approvals_folder())
+        check_approved(settings.run.run_name, _terms(settings), approvals_folder())
+
+
+def _terms(settings: Settings) -> str:
+    """Hash what an owner approves beside the prompts: all settings but those with which a run may go on."""
+    return sha256(canonical_json({key: value for key, value in settings.flat().items() if key not in FREE_KEYS}))
 
 
 def _told(num_images: int, settings: Settings) -> int:

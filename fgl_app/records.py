@@ -34,8 +34,7 @@ CLASS_NAMES = "class-names"
 MAX_PAYLOAD_BYTES = 32 * 2**20
 """Largest decompressed payload of one client."""
 MAX_CLIENTS = 1_000_000
-MAX_TOKENS = 1024
-"""Longest embedding, tokens."""
+MAX_UNREADABLE = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def num_unreadable_of(message: Message) -> int:
     """Return how many of its images a client says it could not read; 0 if it says nothing of the kind."""
     record = message.content.get(METRICS)
     number = record.get(NUM_UNREADABLE) if isinstance(record, MetricRecord) else None
-    return number if isinstance(number, int) and number > 0 else 0
+    return number if isinstance(number, int) and 0 < number <= MAX_UNREADABLE else 0
 
 
 def payload_of(message: Message) -> bytes:
@@ -133,16 +132,17 @@ def payload_of(message: Message) -> bytes:
     return payload
 
 
-def embeddings_of(message: Message, width: int) -> tuple[dict[str, torch.Tensor], int]:
+def embeddings_of(message: Message, length: int, width: int) -> tuple[dict[str, torch.Tensor], int]:
     """Return and check the embeddings of a client's reply, and their size in bytes.
 
     Args:
         message: The reply.
-        width: D of the generator's text encoder.
+        length: L of the generator's text encoder: what is longer, it could not have written.
+        width: D of it.
 
     Raises:
-        PromptError: If embeddings are absent, not float16 ``[T, D]`` of finite numbers, or have other names than
-            :func:`embedding_name` gives.
+        PromptError: If embeddings are absent, not float16 ``[T, D]`` of finite numbers with T up to L, or have other
+            names than :func:`embedding_name` gives.
     """
     record = message.content.get(PROMPTS)
     packed = record.get(EMBEDDINGS) if isinstance(record, ConfigRecord) else None
@@ -153,8 +153,8 @@ def embeddings_of(message: Message, width: int) -> tuple[dict[str, torch.Tensor]
     except Exception:  # safetensors raises an exception class of its own
         raise PromptError("A client's embeddings must be safetensors, but cannot be read.") from None
     for tensor in tensors.values():
-        if tensor.dtype != torch.float16 or tensor.dim() != 2 or not 1 <= len(tensor) <= MAX_TOKENS:
-            raise PromptError(f"A client's embedding must be float16 [T, D] with T from 1 to {MAX_TOKENS}.")
+        if tensor.dtype != torch.float16 or tensor.dim() != 2 or not 1 <= len(tensor) <= length:
+            raise PromptError(f"A client's embedding must be float16 [T, D] with T from 1 to {length}.")
         if tensor.shape[1] != width:
             raise PromptError(f"A client's embeddings must have the width of the generator's text encoder, {width}.")
         if not torch.isfinite(tensor).all():

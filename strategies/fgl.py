@@ -155,6 +155,10 @@ class FGL(CheckedRounds):
         exchange = self._prompt_round(grid)
         exchange.ask(nodes)
         exchange.wait()
+        self._check_quorum(exchange)
+        return exchange
+
+    def _check_quorum(self, exchange: PromptRound) -> None:
         needed = max(1, min(self._min_clients, exchange.num_asked))
         if exchange.num_used < needed:
             raise RoundError(
@@ -162,13 +166,13 @@ class FGL(CheckedRounds):
                 f"{exchange.num_asked - exchange.num_used} of {exchange.num_asked} failed: "
                 f"{' '.join(exchange.refusals.reasons()) or 'no client replied in time.'}"
             )
-        return exchange
 
     def _draw_while_listening(self, exchange: PromptRound) -> ImageSet:
         """Draw the synthetic set; prompts that come before it is finished are merged, and what they add is drawn."""
         images, drawn_for = None, 0
         while images is None or drawn_for < exchange.num_used:
             found = exchange.merged()
+            self._check_quorum(exchange)  # again, because merging may refuse a client's classes
             drawn_for = exchange.num_used
             self._on_prompts(found, exchange)
             self.class_names = found.class_names

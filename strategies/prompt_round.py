@@ -33,7 +33,7 @@ from fgl_app.records import (
     place_of,
     serialized_bytes,
 )
-from strategies.refusals import Refusals, error_sentence
+from strategies.refusals import Refusals, error_sentence, went_astray
 
 _POLL_S = 0.5
 _TTL_MARGIN_S = 3600.0
@@ -48,7 +48,7 @@ class PromptRound:
         limits: What is accepted of one client.
         class_names: The run's K classes; empty for the union of the clients' classes.
         domains: Names of the domains that prompts may have.
-        embedding_width: D of the generator's text encoder where prompts are names of embeddings; None for texts.
+        embedding_shape: L and D of the generator's text encoder where prompts are names of embeddings; None for texts.
         max_client_share: Largest share of a class's images that one client's prompts may claim.
         uniform: Whether every prompt of a class gets the same number of images.
         min_senders: Least number of clients that must have sent a text.
@@ -63,7 +63,7 @@ class PromptRound:
         *,
         class_names: Sequence[str] = (),
         domains: Sequence[str] = (),
-        embedding_width: int | None = None,
+        embedding_shape: tuple[int, int] | None = None,
         max_client_share: float = 1.0,
         uniform: bool = False,
         min_senders: int = 1,
@@ -75,13 +75,14 @@ class PromptRound:
         self._limits = limits
         self._class_names = tuple(class_names)
         self._domains = tuple(domains)
-        self._embedding_width = embedding_width
+        self._embedding_shape = embedding_shape
         self._max_client_share = max_client_share
         self._uniform = uniform
         self._min_senders = min_senders
         self._class_prompt = class_prompt
         self._deadline_s = deadline_s
         self._asked: set[int] = set()
+        self._lost: set[int] = set()
         self._open: dict[str, int] = {}
         self._uploads: dict[int, list[NamedPrompt]] = {}
         self._embeddings: dict[str, torch.Tensor] = {}
@@ -94,9 +95,10 @@ class PromptRound:
         """Size of the packed prompts and embeddings in each of them."""
 
     def ask(self, nodes: Iterable[int]) -> None:
-        """Ask the nodes that were not asked before."""
-        for node in sorted(set(nodes) - self._asked):
+        """Ask the nodes that were not asked before, and again those whose question or answer went astray."""
+        for node in sorted(set(nodes) - (self._asked - self._lost)):
             self._asked.add(node)
+            self._lost.discard(node)
             question = Message(
                 content=RecordDict({CONFIG: ConfigRecord({"server-round": 1})}),
                 message_type=PROMPTS_MESSAGE,
@@ -119,7 +121,7 @@ class PromptRound:
             log(WARNING, "prompt round: %s clients did not reply in time", len(self._open))
 
     def listen(self) -> None:
-        """Ask clients that connected meanwhile, and take in late replies."""
+        """Ask clients that connected meanwhile, or are back, and take in late replies."""
         before = set(self._uploads)
         self.ask(self._grid.get_node_ids())
         self._take_in()
@@ -200,6 +202,8 @@ class PromptRound:
     def _take(self, node: int, reply: Message) -> None:
         if reply.has_error():
             self._refuse(node, error_sentence(reply))
+            if went_astray(reply):
+                self._lost.add(node)
             return
         self.refusals.learn(node, place_of(reply))
         embeddings: dict[str, torch.Tensor] = {}
@@ -207,8 +211,8 @@ class PromptRound:
         try:
             payload = payload_of(reply)
             rows = decode_prompts(payload)
-            if self._embedding_width is not None:
-                embeddings, num_bytes = embeddings_of(reply, self._embedding_width)
+            if self._embedding_shape is not None:
+                embeddings, num_bytes = embeddings_of(reply, *self._embedding_shape)
         except PromptError as error:
             self._refuse(node, str(error))
             return
@@ -217,7 +221,7 @@ class PromptRound:
             self._limits,
             class_names=self._class_names,
             domains=self._domains,
-            embeddings=None if self._embedding_width is None else embeddings.keys(),
+            embeddings=None if self._embedding_shape is None else embeddings.keys(),
         )
         for reason, count in sorted(refused.items()):
             self._refuse(node, f"Refused: {reason}.", count)

@@ -18,11 +18,17 @@ _SENTENCES |= {  # Flower's own; see flwr.common.constant.ErrorCode
     5: "The SuperNode went away.",
     8: "The client's process ended.",
 }
+_ASTRAY = (3, 5, 8)
 
 
 def error_sentence(reply: Message) -> str:
     """Return our own sentence for an error reply; the client's words may quote its files, and are not used."""
     return _SENTENCES.get(reply.error.code, f"Flower's error code {reply.error.code}.")
+
+
+def went_astray(reply: Message) -> bool:
+    """Return whether an error reply is Flower's own, of a client that did not fail, but was gone or too late."""
+    return reply.error.code in _ASTRAY
 
 
 class Refusals:

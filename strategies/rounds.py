@@ -296,7 +296,7 @@ class CheckedRounds(Strategy):
                 reply.metadata.src_node_id: place for reply in replies if (place := place_of(reply)) is not None
             }
         ordered = sorted((node for node in nodes if node in self._places), key=lambda node: (self._places[node], node))
-        count = math.ceil(self._fraction_train * self._num_clients)
+        count = num_sampled(self._fraction_train, self._num_clients)
         if len(ordered) < min(count, self._min_clients or count):
             raise RoundError(
                 f"Round {number} needs {count} clients that said their place, but only {len(ordered)} of {len(nodes)} "
@@ -350,6 +350,11 @@ class CheckedRounds(Strategy):
         if len(usable) < num_asked:
             log(WARNING, "round %s (%s): %s", number, exchange, failed)
         return usable
+
+
+def num_sampled(fraction_train: float, num_clients: int) -> int:
+    """Return how many clients train in a round: their share, rounded up, where 0.07 of 100 is 7."""
+    return math.ceil(round(fraction_train * num_clients, 9))
 
 
 def _only_nodes(grid: Grid, choose: Callable[[], Sequence[int]]) -> Grid:

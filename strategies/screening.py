@@ -58,7 +58,12 @@ def update_fault(
         if np.issubdtype(found.dtype, np.floating):
             if not np.isfinite(found).all():
                 return "weights that are not finite"
-            square += float(np.square(found.astype(np.float64) - expected).sum())
+            if name.endswith("running_var") and (found < 0).any():
+                return "variances below 0"
+            if max_update_norm or must_move:
+                with np.errstate(over="ignore"):  # what overflows is infinite, and above every norm
+                    difference = found - expected
+                    square += float(np.vdot(difference, difference))
     if max_update_norm and math.sqrt(square) > max_update_norm:
         return "an update whose norm is above `max-update-norm`"
     if must_move and square < _NO_MOVE:

@@ -28,12 +28,13 @@ def update_metrics(
         before = array.numpy()
         if (parameters is not None and name not in parameters) or not np.issubdtype(before.dtype, np.floating):
             continue
-        total = np.zeros(before.shape, np.float64)
+        total = np.zeros_like(before)
         for arrays in received:
-            update = arrays[name].numpy().astype(np.float64) - before
-            squares += float(np.square(update).sum())
-            total += update
-        square_of_sum += float(np.square(total).sum())
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows has no metrics, see below
+                update = arrays[name].numpy() - before
+                squares += float(np.vdot(update, update))
+                total += update
+        square_of_sum += float(np.vdot(total, total))
     if not received or square_of_sum == 0 or not math.isfinite(squares):
         return {}
     count = len(received)

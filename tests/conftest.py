@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -55,6 +56,8 @@ class FakeGrid(Grid):
         self.asked: list[str] = []
         self.reverse = False
         self.broken: set[int] = set()
+        self.gone: set[int] = set()
+        """Nodes that Flower has lost: it answers in their place."""
         self.silent = False
         self.late: set[int] = set()
         """Nodes that have not answered yet."""
@@ -100,6 +103,8 @@ class FakeGrid(Grid):
         self.asked.append(received.metadata.message_type)
         if node in self.broken:
             return Message(Error(100, "a client's own words"), reply_to=received)
+        if node in self.gone:
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=received)
         context = Context(1, node, self.node_configs[node], RecordDict(), self.run_config)
         return message_from_proto(message_to_proto(self.app(received, context)))
 

@@ -150,8 +150,8 @@ def _largest_weight(weights: Sequence[int], max_share: float) -> float:
 def spread_budget(prompts: Sequence[PromptCount], images_per_class: int, uniform: bool = False) -> list[PromptBudget]:
     """Spread the images of each class over its prompts, in proportion to their counts or evenly.
 
-    Largest-remainder rounding, so that every class that has a prompt gets exactly ``images_per_class`` images; ties go
-    to the prompt that sorts first.
+    Largest-remainder rounding, so that every class that has a prompt gets exactly ``images_per_class`` images; ties are
+    broken by a hash, because of more prompts than images the last of the alphabet would never be drawn.
 
     Args:
         prompts: Merged prompts, at most one entry per label and text.
@@ -167,7 +167,8 @@ def spread_budget(prompts: Sequence[PromptCount], images_per_class: int, uniform
         weights = [1 if uniform else item.count for item in of_class]
         shares = [divmod(weight * images_per_class, sum(weights)) for weight in weights]
         left = images_per_class - sum(whole for whole, _ in shares)
-        by_remainder = sorted(range(len(shares)), key=lambda index: (-shares[index][1], index))
+        ties = [sha256(item.prompt.encode()) for item in of_class]
+        by_remainder = sorted(range(len(shares)), key=lambda index: (-shares[index][1], ties[index]))
         extra = set(by_remainder[:left])
         budget += [
             PromptBudget(label, item.prompt, whole + (index in extra), item.domain)

@@ -86,7 +86,8 @@ class LanguageModelWriter:
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        inputs = self._tokenizer(asked, return_tensors="pt").to(self._device)
+        # A chat's template writes its own first token.
+        inputs = self._tokenizer(asked, return_tensors="pt", add_special_tokens=not chat).to(self._device)
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             torch.random.manual_seed(derive_seed(self._seed, "prompt-writer", class_name, opening, attempt))
             ids = self._model.generate(

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 MAX_PROMPT_CHARS = 1_000
 """Longest prompt that a client sends, characters; what is longer is cut."""
 
+JOINERS = "\u200c\u200d"
+"""Invisible characters that decide how their neighbours are written."""
+
 
 @dataclass(frozen=True, order=True)
 class PromptCount:
@@ -90,7 +93,9 @@ def printable(text: str) -> str:
 def is_printable(character: str) -> bool:
     """Return whether a prompt may hold this character.
 
-    Refused are the Unicode categories Cc, Cf, Cs, Co and Cn: control, direction changes, lone surrogates and what no
-    caption holds; the two joiners that Persian, Indian scripts and emoji need are allowed.
+    Refused are the Unicode categories Cc, Cf, Cs, Co, Cn, Zl and Zp: control, direction changes, lone surrogates, ends
+    of lines and paragraphs, and what no caption holds; the two joiners that Persian, Indian scripts and emoji need are
+    allowed.
     """
-    return character in "\u200c\u200d" or unicodedata.category(character)[0] != "C"
+    category = unicodedata.category(character)
+    return character in JOINERS or not (category[0] == "C" or category in ("Zl", "Zp"))

@@ -13,8 +13,8 @@ PROMPTS = [PromptCount(0, "a cat", 3), PromptCount(1, "a dog", 2)]
 NAMES = ("cat", "dog")
 
 
-def wait(folder, prompts=PROMPTS, timeout_s=20.0):
-    wait_for_approval(prompts, NAMES, "study", folder, timeout_s)
+def wait(folder, prompts=PROMPTS, timeout_s=20.0, terms="one round"):
+    wait_for_approval(prompts, NAMES, "study", terms, folder, timeout_s)
 
 
 def test_prompts_wait_until_their_owner_approves_exactly_them(tmp_path):
@@ -51,20 +51,24 @@ def test_rejected_prompts_are_never_sent_until_they_are_approved_after_all(tmp_p
 
 
 def test_a_node_takes_part_only_in_runs_whose_prompts_were_approved(tmp_path):
-    with pytest.raises(ApprovalError, match="no prompts for 'study' were"):
-        check_approved("study", tmp_path)
+    with pytest.raises(ApprovalError, match="no prompts for 'study' with these settings were"):
+        check_approved("study", "one round", tmp_path)
     with pytest.raises(ApprovalError):
         wait(tmp_path, timeout_s=0.0)
     (name,) = pending(tmp_path)
     decide(name, tmp_path, approve=True)
     wait(tmp_path)
 
-    check_approved("study", tmp_path)
+    check_approved("study", "one round", tmp_path)
+    with pytest.raises(ApprovalError, match="no prompts for 'study' with these settings"):
+        check_approved("study", "a thousand rounds", tmp_path)
+    with pytest.raises(ApprovalError, match=r"nobody did within 0\.1 s"):
+        wait(tmp_path, timeout_s=0.1, terms="a thousand rounds")
     with pytest.raises(ApprovalError, match="no prompts for 'another'"):
-        check_approved("another", tmp_path)
+        check_approved("another", "one round", tmp_path)
     decide(name, tmp_path, approve=False)
     with pytest.raises(ApprovalError, match="no prompts for 'study'"):
-        check_approved("study", tmp_path)
+        check_approved("study", "one round", tmp_path)
 
 
 def test_the_owner_decides_by_a_command(tmp_path, monkeypatch):

@@ -2,10 +2,13 @@ import pytest
 import torch
 
 from clients.captioning import CachedCaptioner, HubCaptioner
+from clients.defences import caption_filter
 from clients.prompting import write_prompts
 from fgl_app.cards import load_card
+from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import load_split
 from fgl_app.errors import ModelError
+from fgl_app.privacy.prompt_leaks import public_words
 
 CLASS_NAMES = load_card("digits").class_names()
 
@@ -52,6 +55,29 @@ def test_instance_prompts_are_distinct_with_counts(captioner, settings):
     assert sum(item.count for item in prompts) == len(data)
     assert len({(item.label, item.prompt) for item in prompts}) == len(prompts)
     assert all(item.prompt.startswith(f"{CLASS_NAMES[item.label]}, a ") for item in prompts)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "mail jane@\u200bexample.org",
+        "mail jane\uff20example\uff0eorg",
+        "call 0171\u2060 555 0123 now",
+        "seen by maria  gonzalez",
+    ],
+)
+def test_what_hides_in_odd_characters_is_scrubbed_as_well(settings, caption):
+    data = ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.tensor([0]))
+    names = settings.card.prompt_names(settings.card.class_names())
+    defend = caption_filter(public_words(settings.public_texts(names)), scrubbing="on", vocabulary_file="", max_words=0)
+
+    (prompt,) = write_prompts(
+        data, names, form_of=settings.prompt_form, domains=(), num_prompts_per_class=1,
+        captioner=lambda images: [caption], defend=defend,
+    )  # fmt: skip
+
+    for private in ("jane", "example", "0171", "0123", "gonzalez"):
+        assert private not in prompt.prompt
 
 
 def test_a_folder_that_is_no_captioner_is_refused(tmp_path):

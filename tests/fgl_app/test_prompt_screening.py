@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fgl_app.errors import ConfigError, PromptError
-from fgl_app.prompts import PromptCount, PromptLimits, is_printable, limit_shares, read_blocked_words, screen_prompts
+from fgl_app.prompts import PromptCount, PromptLimits, limit_shares, read_blocked_words, screen_prompts
 from fgl_app.records import decode_prompts
 
 LIMITS = PromptLimits(max_prompts=3, max_chars=40, blocked_words=("secret plan", "ärger"))
@@ -43,7 +43,8 @@ def test_whatever_arrives_only_prompts_that_keep_every_rule_are_kept(rows):
         assert 1 <= len(item.prompt) <= 40
         assert 1 <= item.count <= 10**9
         assert item.prompt == unicodedata.normalize("NFKC", item.prompt)
-        assert all(map(is_printable, item.prompt))
+        assert all(character.isprintable() or character in "\u200c\u200d\u3000 " for character in item.prompt)
+        assert len(item.prompt.splitlines()) == 1
         assert "secret plan" not in item.prompt.lower()
 
 
@@ -77,9 +78,12 @@ def test_whatever_bytes_arrive_they_are_a_list_or_refused(payload):
         (["cat", 1, "line\nbreak"], "control the output"),
         (["cat", 1, "right to left \u202e override"], "control the output"),
         (["cat", 1, "lone surrogate \ud800"], "control the output"),
+        (["cat", 1, "line\u2028separator"], "control the output"),
+        (["cat", 1, "paragraph\u2029separator"], "control the output"),
         (["cat", 1, "ﬁne ligature"], "NFKC"),
         (["cat", 1, "the Secret Plan, again"], "blocked word"),
         (["cat", 1, "viel ÄRGER"], "blocked word"),
+        (["cat", 1, "sec\u200dret plan"], "blocked word"),
         (GOOD, "sent before"),
     ],
 )
@@ -91,6 +95,14 @@ def test_a_row_that_breaks_a_rule_is_refused_alone_and_not_quoted(row, reason):
     assert reason in found
     assert count == 1
     assert not isinstance(row, list) or not any(str(text) in found for text in row if len(str(text)) > 5)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("secret plan", "blocked word"), ("cafe\u0301", "NFKC")])
+def test_names_of_classes_that_clients_bring_are_screened_like_prompts(name, reason):
+    kept, refused = screen_prompts([[name, 1, "a picture"]], LIMITS)
+
+    assert kept == []
+    assert reason in next(iter(refused))
 
 
 def test_a_blocked_word_inside_another_word_is_none():

@@ -98,8 +98,17 @@ def test_several_templates_give_several_prompts_of_each_class():
 def test_images_can_be_spread_evenly_whatever_the_counts():
     prompts = [PromptCount(0, "a", 97), PromptCount(0, "b", 2), PromptCount(0, "c", 1)]
 
-    # 10 / 3 = 3 each, and the remainder goes to the prompt that sorts first.
-    assert [item.num_images for item in spread_budget(prompts, 10, uniform=True)] == [4, 3, 3]
+    # 10 / 3 = 3 each, and the remainder goes to the prompt that a hash draws.
+    assert sorted(item.num_images for item in spread_budget(prompts, 10, uniform=True)) == [3, 3, 4]
+
+
+def test_of_more_prompts_than_images_the_alphabet_does_not_choose():
+    prompts = [PromptCount(0, f"{number:03}", 1) for number in range(400)]
+
+    chosen = {int(item.prompt) for item in spread_budget(prompts, 100)}
+
+    assert len(chosen) == 100
+    assert 30 < sum(number >= 200 for number in chosen) < 70
 
 
 def test_prompts_of_different_domains_stay_apart():

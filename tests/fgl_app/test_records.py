@@ -2,9 +2,10 @@ import zlib
 
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from fgl_app.cards import load_card
 from fgl_app.errors import PromptError
@@ -16,7 +17,9 @@ from fgl_app.records import (
     embeddings_of,
     encode_prompts,
     label_prompts,
+    num_unreadable_of,
     payload_of,
+    place_of,
     prompts_reply,
     serialized_bytes,
 )
@@ -87,7 +90,7 @@ def test_embeddings_survive_the_journey_and_their_bytes_are_counted():
     tensor = torch.randn(5, 8).half()
     name = embedding_name(tensor)
 
-    received, size = embeddings_of(reply_with({name: tensor}, [name]), 8)
+    received, size = embeddings_of(reply_with({name: tensor}, [name]), 5, 8)
 
     assert torch.equal(received[name], tensor)
     assert 5 * 8 * 2 < size < 5 * 8 * 2 + 200
@@ -100,6 +103,7 @@ def test_embeddings_survive_the_journey_and_their_bytes_are_counted():
         ({"e": torch.zeros(5, 8)}, "float16"),
         ({"e": torch.zeros(5).half()}, "float16"),
         ({"e": torch.zeros(0, 8).half()}, "float16"),
+        ({"e": torch.zeros(6, 8).half()}, "T from 1 to 5"),
         ({"e": torch.full((2, 8), float("nan")).half()}, "finite"),
         ({"e": torch.zeros(2, 8).half(), "f": torch.zeros(2, 9).half()}, "width"),
         ({"e": torch.zeros(2, 8).half()}, "name that its content gives it"),
@@ -109,4 +113,58 @@ def test_embeddings_that_cannot_be_used_are_refused(embeddings, reason):
     reply = reply_with(embeddings)
 
     with pytest.raises(PromptError, match=reason):
-        embeddings_of(reply, 8)
+        embeddings_of(reply, 5, 8)
+
+
+some_tensors = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    st.lists(st.integers(0, 8), max_size=3),
+    st.sampled_from([torch.float16, torch.float32, torch.int8]),
+    st.sampled_from([0.0, 1.5, -3.0, float("inf"), float("nan")]),
+)
+
+
+def named(pair):
+    honest, tensor = pair
+    return (embedding_name(tensor) if honest else "e"), tensor
+
+
+def sent(packed):
+    question = Message(RecordDict(), dst_node_id=1, message_type="query.prompts")
+    return Message(RecordDict({"prompts": ConfigRecord({"embeddings": packed})}), reply_to=question)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=300),
+        st.lists(st.tuples(st.booleans(), some_tensors), max_size=3).map(lambda pairs: save(dict(map(named, pairs)))),
+        st.text(max_size=20),
+        st.lists(st.binary(max_size=5), max_size=3),
+    )
+)
+def test_whatever_embeddings_arrive_only_those_that_the_encoder_could_have_written_pass(packed):
+    try:
+        received, _ = embeddings_of(sent(packed), 5, 8)
+    except PromptError:
+        return
+    for name, tensor in received.items():
+        assert tensor.dtype == torch.float16
+        assert 1 <= tensor.shape[0] <= 5
+        assert tensor.shape[1:] == (8,)
+        assert tensor.isfinite().all()
+        assert name == embedding_name(tensor)
+
+
+numbers = st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(), st.lists(st.integers(0, 9), max_size=2))
+
+
+@given(numbers, numbers | st.booleans() | st.text(max_size=5) | st.binary(max_size=5))
+def test_whatever_numbers_arrive_they_are_in_range_or_none(unreadable, place):
+    question = Message(RecordDict(), dst_node_id=1, message_type="query.prompts")
+    content = {
+        "metrics": MetricRecord({"num-unreadable": unreadable}), "client": ConfigRecord({"partition-id": place}),
+    }  # fmt: skip
+    reply = Message(RecordDict(content), reply_to=question)
+
+    assert num_unreadable_of(reply) in range(10_000_001)
+    assert place_of(reply) is None or place_of(reply) in range(1_000_000)

@@ -318,7 +318,7 @@ def test_embeddings_come_along_with_their_prompts(make_grid, settings):
         merged.append(found)
         exchanges.append(exchange)
 
-    strategy = identity_fgl(prompt_round=functools.partial(ask_for_prompts, embedding_width=64), on_prompts=keep)
+    strategy = identity_fgl(prompt_round=functools.partial(ask_for_prompts, embedding_shape=(32, 64)), on_prompts=keep)
 
     strategy.start(
         make_grid(prompt_level="embedding", embedding_summary="mean"),

@@ -75,6 +75,22 @@ def test_a_client_that_joins_while_images_are_drawn_is_asked(make_grid):
     assert (report["clients_asked"], report["late"]) == (3, [1])
 
 
+def test_a_client_that_was_gone_is_asked_again_when_it_is_back_and_one_that_failed_is_not(make_grid):
+    grid = make_grid(partition="iid")
+    grid.gone, grid.broken = {1001}, {1002}
+    exchange = prompt_round(grid)
+    exchange.ask(grid.get_node_ids())
+    exchange.wait()
+    assert exchange.num_used == 1
+    grid.gone = set()
+
+    exchange.listen()
+    exchange.listen()
+
+    assert len(grid.asked) == 4
+    assert exchange.report()["late"] == [1]
+
+
 def test_a_client_that_does_not_answer_in_time_is_reported_as_missed(make_grid):
     grid = make_grid(partition="iid")
     grid.late = {1002}
@@ -128,8 +144,8 @@ def test_a_missing_client_is_waited_for_once(make_grid, settings):
     assert max(times) < 1
 
 
-def united(make_grid, class_names_of_clients, max_classes=5):
-    """Let clients send prompts of these classes; return the merged prompts and the report."""
+def naming(make_grid, class_names_of_clients):
+    """Make clients that send prompts of these classes."""
     app = ClientApp()
 
     @app.query("prompts")
@@ -141,7 +157,13 @@ def united(make_grid, class_names_of_clients, max_classes=5):
 
     grid = make_grid(num_clients=len(class_names_of_clients))
     grid.app = app
-    exchange = prompt_round(grid, PromptLimits(1000, 1000, max_classes=max_classes), class_names=())
+    return grid
+
+
+def united(make_grid, class_names_of_clients):
+    """Return the merged prompts and the report."""
+    grid = naming(make_grid, class_names_of_clients)
+    exchange = prompt_round(grid, PromptLimits(1000, 1000, max_classes=5), class_names=())
     exchange.ask(grid.get_node_ids())
     exchange.wait()
     return exchange.merged(), exchange.report()
@@ -166,6 +188,20 @@ def test_a_client_that_names_too_many_classes_loses_its_own_place_only(make_grid
     assert [(row["client"], row["reason"]) for row in report["refused"]] == [
         (0, "Refused: more classes than `max-classes` together with those of the others.")
     ]
+
+
+def test_a_quorum_is_counted_after_classes_were_refused(make_grid):
+    grid = naming(make_grid, [("cat", "dog"), ("eel", "fox", "gnu"), ("hen", "ibex", "jay")])
+
+    with pytest.raises(RoundError, match="at least 2 of 3 clients must send usable prompts"):
+        FGL(
+            class_names=(),
+            num_clients=3,
+            prompt_round=lambda grid: prompt_round(grid, PromptLimits(1000, 1000, max_classes=2), class_names=()),
+            synthesize=lambda merged, listen: NOTHING,
+            pretrain=lambda arrays, images: arrays,
+            min_clients=2,
+        ).start(grid, ArrayRecord(), num_rounds=1)
 
 
 def test_what_is_refused_is_counted_by_client_and_reason(make_grid):

@@ -67,6 +67,18 @@ def test_an_update_that_breaks_a_rule_is_named(changed, fault):
     assert fault in update_fault(reply(**changed), SENT)
 
 
+def test_a_variance_below_zero_is_refused_and_a_mean_below_zero_is_not():
+    sent = ArrayRecord({"bn.running_mean": array([0.0]), "bn.running_var": array([1.0])})
+
+    def told(mean: float, variance: float) -> str | None:
+        answer = reply()
+        answer.content["arrays"] = ArrayRecord({"bn.running_mean": array([mean]), "bn.running_var": array([variance])})
+        return update_fault(answer, sent)
+
+    assert told(-1.0, 0.0) is None
+    assert told(0.0, -1e-3) == "variances below 0"
+
+
 def test_the_norm_of_an_update_is_bounded():
     # Six weights go from 0 to 2: the norm is sqrt(6 * 4) = 4.899; the integer does not count.
     found = reply(arrays={"weight": array(np.full((2, 3), 2.0)), "count": array(10**6, np.int64)})
