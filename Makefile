@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test nightly check clean
 
 demo: $(VENV)/.app
 	$(BIN)/fgl run
@@ -11,6 +11,11 @@ demo: $(VENV)/.app
 # One process per core, one thread each: the tests' models are too small for more.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --dist loadfile --no-loadscope-reorder
+
+# 10,000 examples of everything that hypothesis makes, then kills at random moments and the containers: hours.
+nightly: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --hypothesis-profile nightly -m hypothesis
+	$(BIN)/python -m pytest -q -m nightly
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

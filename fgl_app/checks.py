@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 
 from flwr.serverapp.strategy import Strategy
 
 from fgl_app import tiny
 from fgl_app.data.sources import client_rows, load_held_out
 from fgl_app.errors import ConfigError
-from fgl_app.foundation_models import check_model_source, text_width
+from fgl_app.foundation_models import check_model_source, text_shape
 from fgl_app.models import check_all_trained, check_model
 from fgl_app.phases import initial_arrays
 from fgl_app.prompts import read_blocked_words
 from fgl_app.reporting.trackers import open_trackers
 from fgl_app.settings import Settings
+from fgl_app.synthesis.plan import UNIT_SIZE
 from fgl_app.training import check_device
 from strategies.differential_privacy import with_noise
 from strategies.inner import build_inner
+from strategies.rounds import num_sampled
 
 
 def inner_strategy(settings: Settings) -> Strategy:
     """Build the strategy of the rounds; see :func:`strategies.inner.build_inner` and :func:`with_noise`."""
     num_clients, training, privacy = settings.run.num_clients, settings.training, settings.privacy
-    num_drawn = math.ceil(training.fraction_train * num_clients)
+    num_drawn = num_sampled(training.fraction_train, num_clients)
     inner = build_inner(
         training.strategy,
         training.strategy_options,
@@ -61,6 +62,13 @@ def check_settings(settings: Settings) -> Settings:
     open_trackers(settings, None)
     prompts, synthesis = settings.prompts, settings.synthesis
     if settings.synthesizes:
+        if UNIT_SIZE % synthesis.synthesis_batch_size:
+            raise ConfigError(
+                f"`synthesis-batch-size` must divide the {UNIT_SIZE} images of a unit, but is "
+                f"{synthesis.synthesis_batch_size}. Use 1, 2, 4, 8, 16, 32 or 64."
+            )
+        if not (synthesis.ray_address or synthesis.synthesis_wait_s):
+            check_device(synthesis.synthesis_device, "synthesis-device")
         check_model_source(
             "generator", synthesis.generator, synthesis.generator_revision, "model_index.json", tiny.DIFFUSION
         )
@@ -72,7 +80,7 @@ def check_settings(settings: Settings) -> Settings:
             if value:
                 check_model_source(key, value, revision, marker)
         if prompts.prompt_level == "embedding":
-            text_width(synthesis.generator, synthesis.generator_revision)
+            text_shape(synthesis.generator, synthesis.generator_revision)
         # A folder with a captioner lies on the clients, which check it themselves.
         asked = not settings.prompts_from_server and prompts.prompt_level != "class"
         if asked and not prompts.captioner.startswith(("/", "~")):

@@ -146,15 +146,16 @@ def certificates_command(
 @cli.command("synthesize")
 def synthesize_command(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json of a run")],
-    store: Annotated[Path | None, typer.Option(help="Folder of the store; by default synthetic/ beside PLAN.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of the store; by default that of PLAN's run.")] = None,
     workers: Annotated[int, typer.Option(help="Actors of Ray; 0 draws in this process.", min=0)] = 0,
     ray_address: Annotated[str, typer.Option(help="Cluster of Ray; empty for this machine.")] = "",
 ) -> None:
     """Draw what a store lacks of a plan, on any machine that shares the folder; a second start goes on."""
+    from fgl_app.reporting.run_folder import store_of_run
     from fgl_app.synthesis.plan import Plan
     from fgl_app.synthesis.worker import work
 
-    drawn = work(Plan.load(plan), store or plan.parent / "synthetic", workers, ray_address)
+    drawn = work(Plan.load(plan), store or store_of_run(plan.parent), workers, ray_address)
     typer.echo(f"{drawn:,} images drawn")
 
 

@@ -92,6 +92,11 @@ def compare(
     return write_tables(experiment, _by_cell(runs, finished), folder)
 
 
+def typed(value: object) -> str:
+    """Write a value of the run configuration as it is typed: truth in lower case."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _run_all(runs: Sequence[Run], folder: Path, options: Sequence[str], jobs: int) -> Iterator[tuple[Run, float]]:
     """Do runs as processes ``fgl run``, ``jobs`` at a time; yield each with its seconds when it ends.
 
@@ -106,7 +111,7 @@ def _run_all(runs: Sequence[Run], folder: Path, options: Sequence[str], jobs: in
             unfinished = {*active, *(run.name for run in waiting)}
             for run in [run for run in waiting if run.after not in unfinished][: jobs - len(active)]:
                 waiting.remove(run)
-                words = [f"{key}={value}" for key, value in run.overrides.items() if key != "num-clients"]
+                words = [f"{key}={typed(value)}" for key, value in run.overrides.items() if key != "num-clients"]
                 command = [sys.executable, "-m", "fgl_app.cli", "run", *options, "--", *words]
                 with (folder / f"{run.name}.log").open("wb") as log_file:
                     process = subprocess.Popen(

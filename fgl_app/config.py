@@ -10,6 +10,7 @@ import difflib
 import re
 import tomllib
 import typing
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -162,7 +163,7 @@ def _take_from_card(
 
 def _folder_card(names: str) -> Card:
     """Return the card of nodes that hold folders of their own; without names the clients' classes are united."""
-    listed = tuple(name.strip() for name in names.split(",")) if names else ()
+    listed = tuple(unicodedata.normalize("NFKC", name.strip()) for name in names.split(",")) if names else ()
     if names and (len(listed) < 2 or len(set(listed)) < len(listed) or not all(listed)):
         raise ConfigError(
             f"`class-names` must list at least two different classes, or be empty for the union of the clients' "
@@ -206,8 +207,9 @@ def _check_ranges(settings: Settings) -> None:
     for key, value in flat.items():
         if isinstance(value, str) and ('"' in value or not value.isprintable()):
             raise ConfigError(f"`{key}` must be printable text without double quotes, but is {value!r}.")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.run.device):
-        raise ConfigError(f"`device` must be auto, cpu, cuda or cuda:N, but is {settings.run.device!r}.")
+    for key in ("device", "synthesis-device"):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(flat[key])):
+            raise ConfigError(f"`{key}` must be auto, cpu, cuda or cuda:N, but is {flat[key]!r}.")
     for key, marks in (("class-prompt", ("{class}",)), ("instance-prompt", ("{class}", "{caption}"))):
         for mark in marks:
             if flat[key] != "card" and mark not in str(flat[key]):

@@ -107,15 +107,15 @@ def check_model_source(key: str, value: str, revision: str, marker: str, shipped
         ) from None
 
 
-def text_width(generator: str, revision: str) -> int:
-    """Return the width D of a generator's text encoder, from its configuration alone.
+def text_shape(generator: str, revision: str) -> tuple[int, int]:
+    """Return the longest text L, tokens, of a generator's text encoder, and its width D, from its configuration alone.
 
     Args:
         generator: ``tiny``, a folder that ``save_pretrained`` of the pipeline wrote, or a hub id.
         revision: Git revision of a hub id; empty for the newest.
 
     Raises:
-        ConfigError: If the generator has no text encoder whose configuration tells its width.
+        ConfigError: If the generator has no text encoder whose configuration tells them.
     """
     path, pinned = locate(generator, revision, tiny.DIFFUSION)
     try:
@@ -125,7 +125,8 @@ def text_width(generator: str, revision: str) -> int:
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download(path, "text_encoder/config.json", revision=pinned))
-        return int(json.loads(file.read_text("utf-8"))["hidden_size"])
+        config = json.loads(file.read_text("utf-8"))
+        return int(config["max_position_embeddings"]), int(config["hidden_size"])
     except Exception as error:  # the hub's library has many of its own
         raise ConfigError(
             f"`prompt-level` embedding needs a `generator` whose text encoder is CLIP's, as Stable Diffusion 1.x and "

@@ -22,7 +22,7 @@ from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import load_held_out, load_split
 from fgl_app.errors import FGLError, RoundError, RunFolderError
-from fgl_app.foundation_models import text_width
+from fgl_app.foundation_models import text_shape
 from fgl_app.phases import (
     Stopwatch,
     draw_plan,
@@ -223,7 +223,7 @@ class Session:
             ),
             class_names=self.class_names,
             domains=self.settings.card.domains,
-            embedding_width=text_width(synthesis.generator, synthesis.generator_revision) if by_embedding else None,
+            embedding_shape=text_shape(synthesis.generator, synthesis.generator_revision) if by_embedding else None,
             max_client_share=policy.max_client_share,
             uniform=synthesis.prompt_budget == "uniform",
             min_senders=self.settings.privacy.min_clients_per_prompt,

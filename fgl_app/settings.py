@@ -153,8 +153,12 @@ class SynthesisSettings:
     """Side at which images are drawn, px; 0 for the card's, or else the pipeline's own."""
     stored_size: int
     """Images larger than this are reduced to it before they are stored, px."""
+    synthesis_device: str
+    """Where images are drawn: ``auto``: as ``device`` says; else ``cpu``, ``cuda`` or ``cuda:N``, for a server without
+    a GPU whose images are drawn on another machine (``ray-address``, ``synthesis-wait-s``)."""
     synthesis_batch_size: int
-    """Images drawn at a time on a GPU; a CPU always draws 32, so that not even rounding depends on it."""
+    """Images drawn at a time on a GPU, a divisor of the 64 images of a unit; a CPU always draws 64, so that not even
+    rounding depends on it."""
     synthesis_workers: int
     """Actors of Ray that draw, one GPU each where there are any; 0 is one worker process without Ray."""
     ray_address: str
@@ -184,6 +188,8 @@ class TrainingSettings:
     """Random resized crop of 0.75 to 1 of the area, and a horizontal flip."""
     batch_size: int
     """Images per SGD step."""
+    compile_training: bool
+    """Whether a classifier is compiled before it trains, by DP-SGD excepted: a minute that pays on a GPU."""
     server_epochs: int
     """Epochs of pre-training on the synthetic set."""
     server_finetune_epochs: int

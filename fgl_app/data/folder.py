@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from logging import WARNING
 from pathlib import Path
@@ -21,17 +22,23 @@ holds while the folder stays as it is: an image that is added or removed divides
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of a folder's sub-folders, hidden ones left out.
+    """Return the names of a folder's sub-folders as classes, hidden ones left out.
 
     Raises:
         DataError: If the folder cannot be read.
     """
     try:
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        entries = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        return sorted(set(map(_class_of, entries)))
     except OSError:
         raise DataError(
             f"`data-path` must be a folder with one sub-folder per class, but {str(folder)!r} is none."
         ) from None
+
+
+def _class_of(name: str) -> str:
+    """Return the class that a folder is named like: macOS writes accents as characters of their own, Linux does not."""
+    return unicodedata.normalize("NFKC", name)
 
 
 def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tuple[ImageSet, list[Path]]:
@@ -61,9 +68,9 @@ def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tu
         raise DataError(f"{str(folder)!r} must hold sub-folders named like {', '.join(class_names)}, but holds none.")
     listing = ImageFolder(folder, allow_empty=True)
     rows = [
-        (path, class_names.index(listing.classes[local]))
+        (path, class_names.index(_class_of(listing.classes[local])))
         for path, local in listing.samples
-        if listing.classes[local] in found  # not of a hidden folder, such as a viewer's thumbnails
+        if _class_of(listing.classes[local]) in found  # not of a hidden folder, such as a viewer's thumbnails
     ]
     if not rows:
         raise DataError(f"The class folders of {str(folder)!r} must hold images, but hold none.")

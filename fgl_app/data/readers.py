@@ -71,12 +71,21 @@ def _open_sklearn(card: Card, split: Any, folder: Path | None) -> Part:
     return Part(tuple(map(int, bunch.target)), None, lambda row: Image.fromarray(pixels[row]))
 
 
+_PICKLED = ("CIFAR10", "CIFAR100")
+"""Data sets of torchvision whose files are pickles, which execute what they hold."""
+
+
 def _open_torchvision(card: Card, split: Any, folder: Path | None) -> Part:
     import torchvision
 
     made = getattr(torchvision.datasets, card.locator, None)
     if made is None:
         raise DataError(f"`source.name` of {card.name} must be a class of torchvision.datasets, not {card.locator!r}.")
+    if card.locator in _PICKLED:
+        raise DataError(
+            f"`source.name` of {card.name} must not be {card.locator}, whose files torchvision unpickles. Use its "
+            "copy on the Hugging Face hub, as the shipped cards do."
+        )
     root = folder or cache_folder() / "data"
     if folder is not None and (folder / "train-images-idx3-ubyte.gz").is_file():
         root = _unpack_idx(card.locator, folder)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from fgl_app.experiments import Experiment, Figure, Results, accuracies, epsilon_of, mean_and_sd, seconds_of
 from fgl_app.reporting.figures import COLOURS, HATCHES, LINES, MARKERS, to_png, to_svg
@@ -42,14 +42,14 @@ def _bars(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
     width = 0.8 / len(figure.rows)
     for number, row in enumerate(figure.rows):
         cells = [accuracies(experiment, results, row, column) for column in figure.columns]
-        means = [100 * mean_and_sd(values)[0] if values else 0.0 for values in cells]
+        means = [100 * mean_and_sd(values)[0] if values else np.nan for values in cells]
         deviations = [100 * mean_and_sd(values)[1] if values else 0.0 for values in cells]
         places = np.arange(len(figure.columns)) + (number - (len(figure.rows) - 1) / 2) * width
         bars = axis.bar(
             places, means, width, yerr=deviations, label=row, capsize=2, edgecolor="black", linewidth=0.6,
             color=COLOURS[number % len(COLOURS)], alpha=0.75, hatch=HATCHES[number % len(HATCHES)],
         )  # fmt: skip
-        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axis.bar_label(bars, ["" if np.isnan(mean) else f"{mean:.1f}" for mean in means], fontsize=7, padding=2)
     axis.set_xticks(range(len(figure.columns)), list(figure.columns))
     if figure.x_label:
         axis.set_xlabel(figure.x_label)
@@ -86,6 +86,8 @@ def _curves(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
                 axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
                 axis.xaxis.set_major_formatter("{x:g}")
                 axis.xaxis.set_minor_formatter("")
+        if figure.kind == "by-round":
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel(figure.x_label or _X_LABELS.get(figure.kind, ""))
         if len(panels) > 1:
             axis.set_title(columns[0], fontsize=10)

@@ -29,8 +29,8 @@ from fgl_app.synthesis.plan import arithmetic_of, draw_batch_size
 # A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
 # Only the kind of device, and the batch size on a GPU, stay what they were once images are drawn: they decide rounding.
 FREE_KEYS = {
-    "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-batch-size",
-    "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "data-dir",
+    "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-device",
+    "synthesis-batch-size", "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "data-dir",
     "min-clients", "connect-timeout-s", "prompt-deadline-s", "round-deadline-s",
 }  # fmt: skip
 IDENTITIES = ("card", "generator", "captioner", "lora", "decoder", "filter")
@@ -75,8 +75,7 @@ class RunFolder:
     def __init__(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
         """Open or make the folder of these settings; ``resolved`` is what they came to on this machine."""
         self.path = Path(settings.run.output_dir).expanduser() / settings.run.run_name
-        store = settings.run.store_dir
-        self.synthetic = Path(store).expanduser() if store else self.path / "synthetic"
+        self.synthetic = _store_folder(self.path, settings.run.store_dir)
         self._checkpoints = self.path / "checkpoints"
         self._settings = settings
         self._resolved = dict(resolved)
@@ -176,7 +175,8 @@ class RunFolder:
         write_json(self.path / _DRAWN_SET, content)
         # The kept file decides: a crash in between only leaves files that are deleted when the run goes on.
         for path in (self.path / "prompts.jsonl", self.embeddings, self.path / "plan.json", self.path / "worker.log"):
-            path.unlink(missing_ok=True)
+            for part in (path, *self.path.glob(f".{path.name}.*")):  # a kill leaves what was written of a new one
+                part.unlink(missing_ok=True)
 
     def load_prompts(self) -> tuple[MergedPrompts, dict[str, Any] | None] | None:
         """Return the merged prompts of an earlier start and what is known of the exchange, or None."""
@@ -279,8 +279,19 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
 
+def store_of_run(folder: Path) -> Path:
+    """Return where the run in ``folder`` keeps its images, from its configuration if it is there."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return _store_folder(folder, config.get("run_config", {}).get("store-dir", ""))
+
+
+def _store_folder(run: Path, store_dir: str) -> Path:
+    return Path(store_dir).expanduser() if store_dir else run / "synthetic"
+
+
 def _arithmetic(run_config: Mapping[str, Any], resolved: Mapping[str, Any]) -> str:
-    device = str(resolved["device"])
+    device = str(resolved.get("synthesis_device", resolved["device"]))
     return arithmetic_of(device, draw_batch_size(device, int(run_config["synthesis-batch-size"])))
 
 

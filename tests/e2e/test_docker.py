@@ -184,7 +184,7 @@ def test_nothing_runs_as_root_and_everything_is_healthy(demo):
 
 
 def test_the_server_can_compile_kernels_for_a_gpu(demo):
-    python = "from fgl_app.synthesis.latent_diffusion import lacking_for_compilation; print(lacking_for_compilation())"
+    python = "from fgl_app.compilation import lacking_for_compilation; print(lacking_for_compilation())"
 
     said = do(["docker", "run", "--rm", "--network", "none", "--entrypoint", "python3", "fgl-server", "-c", python])
 

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import hashlib
 import struct
@@ -10,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from fgl_app.cards import load_card
 from fgl_app.config import parse_run_config
 from fgl_app.data.division import divide
-from fgl_app.data.folder import load_folder, split_folder
+from fgl_app.data.folder import class_folders, load_folder, split_folder
 from fgl_app.data.images import to_pixels
 from fgl_app.data.partition import partition_indices
 from fgl_app.data.readers import open_part
@@ -180,6 +181,23 @@ def test_a_folder_of_images_per_class_is_read_at_the_image_size(tmp_path, run_co
     assert torch.bincount(data.train.labels, minlength=3).tolist() == [0, 7, 14]
     assert torch.bincount(data.held_out().test.labels, minlength=3).tolist() == [0, 2, 4]
     assert torch.bincount(data.held_out().validation.labels, minlength=3).tolist() == [0, 1, 2]
+
+
+def test_one_class_is_one_whichever_way_its_accents_are_written(tmp_path):
+    write_images(tmp_path / "linux", {"caf\u00e9": 2})
+    write_images(tmp_path / "macos", {"cafe\u0301": 3, "tea": 1})
+
+    assert class_folders(tmp_path / "linux") == ["caf\u00e9"]
+    assert class_folders(tmp_path / "macos") == ["caf\u00e9", "tea"]
+    data, _ = load_folder(tmp_path / "macos", ["caf\u00e9", "tea"], 8)
+    assert data.labels.tolist() == [0, 0, 0, 1]
+
+
+def test_data_sets_that_torchvision_unpickles_are_refused(run_config):
+    card = dataclasses.replace(load_card("fashion-mnist"), locator="CIFAR10")
+
+    with pytest.raises(DataError, match="must not be CIFAR10, whose files torchvision unpickles"):
+        open_part(card, "train", "")
 
 
 def test_hidden_folders_are_passed_over(tmp_path):

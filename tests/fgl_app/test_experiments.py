@@ -5,10 +5,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from fgl_app.comparison import compare, write_tables
+from fgl_app.comparison import compare, typed, write_tables
 from fgl_app.config import APP_FOLDER
 from fgl_app.errors import ConfigError
 from fgl_app.experiments import accuracies, epsilon_of, load_experiment, mean_and_sd
+from fgl_app.simulation import _value
 
 EXPERIMENT = {
     "title": "Two methods",
@@ -79,6 +80,11 @@ def test_runs_are_methods_times_conditions_times_seeds(write, tmp_path):
     assert len({run.name for run in runs}) == len(runs)
     assert {run.overrides["store-dir"] for run in runs} == {str(tmp_path / "store")}
     assert runs[0].name == "fedavg--beta-0.01--seed-0"
+
+
+@pytest.mark.parametrize("value", [True, False, 3, 0.5, "off"])
+def test_values_are_typed_as_the_command_reads_them(value):
+    assert _value(typed(value)) == value
 
 
 def test_a_row_can_start_from_the_weights_of_another(write, tmp_path):

@@ -256,13 +256,13 @@ def test_a_run_does_not_go_on_with_a_retrained_model_in_the_same_folder(run_conf
 def test_a_run_whose_images_are_drawn_does_not_go_on_with_other_rounding(run_config):
     def open_on(device: str, batch_size: int = 16) -> RunFolder:
         settings = parse_run_config(run_config | {"synthesis-batch-size": batch_size})
-        return RunFolder(settings, resolve(settings) | {"device": device})
+        return RunFolder(settings, resolve(settings) | {"synthesis_device": device})
 
     open_on("cpu")
     (open_on("cuda").path / "plan.json").touch()  # from now on images are drawn
 
     open_on("cuda:1")
-    for device, batch_size, now in (("cuda", 8, "cuda/8"), ("cpu", 16, "cpu/32")):
+    for device, batch_size, now in (("cuda", 8, "cuda/8"), ("cpu", 16, "cpu/64")):
         with pytest.raises(RunFolderError, match=f"that was cuda/16 and is {now} now"):
             open_on(device, batch_size)
 
