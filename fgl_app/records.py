@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.serde import message_to_proto
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.serde import array_to_proto, recorddict_to_proto
+from flwr.common.serde_utils import metadata_to_proto
 from safetensors.torch import load, save
 
 from fgl_app.errors import PromptError
@@ -228,5 +230,25 @@ def mean_evaluation(contents: list[RecordDict], weighted_by_key: str) -> MetricR
 
 
 def serialized_bytes(message: Message) -> int:
-    """Size of a whole message, metadata included, as Flower's protocol buffers serialize it."""
-    return int(message_to_proto(message).ByteSize())
+    """Size of a message with content, metadata included, as Flower's protocol buffers serialize it.
+
+    Arrays are counted where they lie: to serialize a model for its size takes longer than to aggregate it.
+    """
+    records = 0
+    for key, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            arrays = sum(_field(_field(len(name.encode())) + _array_bytes(array)) for name, array in record.items())
+            records += _field(_field(len(key.encode())) + _field(arrays))
+        else:
+            records += recorddict_to_proto(RecordDict({key: record})).ByteSize()
+    return _field(metadata_to_proto(message.metadata).ByteSize()) + _field(records)
+
+
+def _array_bytes(array: Array) -> int:
+    described = array_to_proto(Array(array.dtype, array.shape, array.stype, b""))
+    return _field(described.ByteSize() + _field(len(array.data)))
+
+
+def _field(num_bytes: int) -> int:
+    """Size of a field of protocol buffers: a tag, the length in groups of seven bits, and the bytes."""
+    return 1 + max(1, math.ceil(num_bytes.bit_length() / 7)) + num_bytes

@@ -1,8 +1,10 @@
 import zlib
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -72,6 +74,16 @@ def test_ten_class_prompts_fit_the_papers_229_bytes():
     assert len(prompts) == 10
     assert len(payload_of(reply)) <= 229
     assert serialized_bytes(reply) > len(payload_of(reply))
+
+
+def test_bytes_are_counted_as_flower_serializes_them():
+    question = Message(RecordDict(), dst_node_id=1, message_type="train")
+    for num_values in (0, 1, 100, 5000):
+        arrays = ArrayRecord({"x" * (index + 1): Array(np.zeros(num_values + index)) for index in range(130)})
+        content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"loss": 0.5}), "empty": ArrayRecord()})
+        reply = Message(content, reply_to=question)
+
+        assert serialized_bytes(reply) == message_to_proto(reply).ByteSize()
 
 
 def test_classes_become_labels_by_their_names():
