@@ -58,13 +58,17 @@ def compare_command(
 
 @cli.command("report")
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, e.g. ~/fgl-runs/digits")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or comparisons, e.g. ~/fgl-runs/digits")
+    ],
 ) -> None:
-    """Write one HTML page for each finished run, report.html in its folder, and print its path."""
+    """Write one HTML page for each finished run or comparison into its folder, and print its path."""
+    from fgl_app.comparison import EXPERIMENT_FILE, report_comparison
     from fgl_app.reporting.report import write_report
 
-    for run in runs:
-        typer.echo(write_report(run))
+    for folder in folders:
+        is_comparison = (folder.expanduser() / EXPERIMENT_FILE).exists()
+        typer.echo(report_comparison(folder) if is_comparison else write_report(folder))
 
 
 @cli.command("audit")

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.experiments import (
     Experiment,
@@ -26,6 +28,7 @@ from fgl_app.experiments import (
     epsilon_of,
     load_experiment,
     mean_and_sd,
+    read_experiment,
     seconds_of,
     settings_of,
 )
@@ -35,6 +38,8 @@ from fgl_app.reporting.comparison_figures import draw
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
 from fgl_app.reporting.run_folder import IDENTITIES
 
+EXPERIMENT_FILE = "experiment.yaml"
+"""Copy of the experiment in the folder of its runs."""
 _MEASURES: Mapping[Measure, str] = {
     "final_accuracy": "after the last round",
     "selected_accuracy": "after the round that validation chose",
@@ -69,27 +74,55 @@ def compare(
 
     Raises:
         ConfigError: If the experiment is wrong, or the folder holds runs of the same name with other settings.
-        FGLError: If a run fails; it names the log. Finished runs are kept.
+        FGLError: If runs failed, when all others are done; it names them and their logs. Finished runs are kept.
     """
     experiment = load_experiment(path)
     runs = experiment.runs(folder, data_dir)
     finished = {run.name: _results(folder, run) for run in runs}
+    copy = yaml.safe_dump(read_experiment(path), allow_unicode=True, sort_keys=False)
+    write_atomically(folder / EXPERIMENT_FILE, copy.encode())
     left = [run for run in runs if finished[run.name] is None]
     say(f"{experiment.title}: {len(runs)} runs, {len(runs) - len(left)} finished, {len(left)} to do, in {folder}")
     options = ["--clients", str(experiment.num_clients), "--client-cpus", str(client_cpus)]
     options += ["--client-gpus", str(client_gpus)]
-    started = time.monotonic()
+    started, failed = time.monotonic(), []
     for number, (run, seconds) in enumerate(_run_all(left, folder / "runs", options, jobs), 1):
         finished[run.name] = results = _results(folder, run)
         if results is None:
-            raise FGLError(f"The run {run.name} ended without results.json. {_log_of(folder / 'runs', run)}")
+            failed.append(run.name)
+        outcome = "failed" if results is None else f"{100 * float(results['final_accuracy']):.1f} %"
         rest = (time.monotonic() - started) / number * (len(left) - number)
         say(
-            f"{number}/{len(left)} {run.row}, {run.column}, seed {run.seed}: "
-            f"{100 * float(results['final_accuracy']):.1f} % in {seconds:.0f} s; about {rest / 60:.0f} min left"
+            f"{number}/{len(left)} {run.row}, {run.column}, seed {run.seed}: {outcome} in {seconds:.0f} s; "
+            f"about {rest / 60:.0f} min left"
         )
         write_tables(experiment, _by_cell(runs, finished), folder)
+    if failed:
+        raise FGLError(
+            f"All runs must end with results, but {len(failed)} of {len(left)} failed: {', '.join(failed[:3])}"
+            f"{' and others' if len(failed) > 3 else ''}. Their logs are {str(folder / 'runs')!r}/*.log; start `fgl "
+            "compare` again to go on."
+        )
     return write_tables(experiment, _by_cell(runs, finished), folder)
+
+
+def report_comparison(folder: Path) -> Path:
+    """Write tables, figures and page of a comparison's finished runs anew.
+
+    Args:
+        folder: Where ``fgl compare`` put them.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: If the folder holds no experiment, or runs of another one.
+    """
+    folder = folder.expanduser().absolute()
+    experiment = load_experiment(folder / EXPERIMENT_FILE)
+    runs = experiment.runs(folder)
+    write_tables(experiment, _by_cell(runs, {run.name: _results(folder, run) for run in runs}), folder)
+    return folder / "comparison.html"
 
 
 def typed(value: object) -> str:
@@ -98,11 +131,7 @@ def typed(value: object) -> str:
 
 
 def _run_all(runs: Sequence[Run], folder: Path, options: Sequence[str], jobs: int) -> Iterator[tuple[Run, float]]:
-    """Do runs as processes ``fgl run``, ``jobs`` at a time; yield each with its seconds when it ends.
-
-    Raises:
-        FGLError: If one fails; the others that run are then stopped.
-    """
+    """Do runs as processes ``fgl run``, ``jobs`` at a time; yield each with its seconds when it ends, or fails."""
     waiting, active = list(runs), dict[str, tuple[Run, subprocess.Popen[bytes], float]]()
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +151,6 @@ def _run_all(runs: Sequence[Run], folder: Path, options: Sequence[str], jobs: in
                 if process.poll() is None:
                     continue
                 del active[name]
-                if process.returncode != 0:
-                    raise FGLError(f"The run {name} must end with code 0, but failed. {_log_of(folder, run)}")
                 yield run, time.monotonic() - began
             time.sleep(0.2)
     finally:
@@ -131,10 +158,6 @@ def _run_all(runs: Sequence[Run], folder: Path, options: Sequence[str], jobs: in
             process.terminate()  # it stops what it started
         for _, process, _ in active.values():
             process.wait()
-
-
-def _log_of(folder: Path, run: Run) -> str:
-    return f"Its log is {str(folder / f'{run.name}.log')!r}; start `fgl compare` again to go on."
 
 
 def write_tables(experiment: Experiment, results: Results, folder: Path) -> Path:

@@ -138,11 +138,13 @@ class Experiment:
         return owner.name, column if owner.every_column else next(iter(self.columns)), chosen.server_round
 
 
-def load_experiment(path: Path) -> Experiment:
-    """Read an experiment and check every run that it asks for.
+def read_experiment(path: Path) -> Any:
+    """Read an experiment's file, which nothing but its syntax has been checked of.
+
+    A card that lies beside it is named by its whole path, so that what is read can be written elsewhere.
 
     Raises:
-        ConfigError: If the file is not well-formed, or one of its runs has a wrong configuration.
+        ConfigError: If it is no YAML file that can be read.
     """
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
@@ -152,8 +154,21 @@ def load_experiment(path: Path) -> Experiment:
         raise ConfigError(
             f"The experiment {str(path)!r} must be YAML, but is not: {' '.join(str(error).split())[:300]}."
         ) from None
+    shared = content.get("settings") if isinstance(content, dict) else None
+    if isinstance(shared, dict) and str(shared.get("dataset", "")).endswith((".yaml", ".yml")):
+        shared["dataset"] = str(path.resolve().parent / Path(shared["dataset"]).expanduser())
+    return content
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read an experiment and check every run that it asks for.
+
+    Raises:
+        ConfigError: If the file is not well-formed, or one of its runs has a wrong configuration.
+    """
+    content = read_experiment(path)
     try:
-        experiment = _parse(content, path.resolve().parent)
+        experiment = _parse(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
@@ -221,7 +236,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _parse(content: Mapping[str, Any], folder: Path) -> Experiment:
+def _parse(content: Any) -> Experiment:
     known = {
         "title", "about", "clients", "seeds", "settings", "rows", "columns", "measure", "figures", "orderings",
     }  # fmt: skip
@@ -246,8 +261,6 @@ def _parse(content: Mapping[str, Any], folder: Path) -> Experiment:
     columns = {str(name): dict(value or {}) for name, value in content["columns"].items()}
     names = tuple(row.name for row in rows)
     shared = dict(content.get("settings", {}))
-    if str(shared.get("dataset", "")).endswith((".yaml", ".yml")):  # a card beside the experiment
-        shared["dataset"] = str(folder / Path(shared["dataset"]).expanduser())
     figures = tuple(
         Figure(
             name=value["name"],

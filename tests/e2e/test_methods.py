@@ -65,12 +65,17 @@ def test_a_comparison_runs_what_is_missing_and_writes_table_and_figures(tmp_path
     fedavg, drawn, tuned = (runs / f"{name}--iid--seed-0" for name in ("fedavg", "gpt-fl", "fine-tuned"))
     (drawn / "results.json").unlink()
     second = fgl("compare", "small.yaml", "--output-dir", "out", cwd=tmp_path)
+    page, table = (tmp_path / "out" / name for name in ("comparison.html", "table.md"))
+    written, tables = page.read_bytes(), table.read_bytes()
+    page.unlink()
+    again = fgl("report", "out", cwd=tmp_path)
 
     assert "3 runs, 0 finished, 3 to do" in first
     assert "3 runs, 2 finished, 1 to do" in second
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert "| FedAvg |" in table
-    assert "—" not in table
+    assert again.strip() == str(page)
+    assert (page.read_bytes(), table.read_bytes()) == (written, tables)
+    assert "| FedAvg |" in tables.decode()
+    assert "—" not in tables.decode()
     assert (tmp_path / "out" / "rounds.png").stat().st_size > 5_000
     for folder, method, phase in (
         (fedavg, "fedavg", "federated"),
@@ -93,23 +98,28 @@ def test_a_comparison_runs_what_is_missing_and_writes_table_and_figures(tmp_path
     assert results(tuned)["rounds"][0]["accuracy"] > found["rounds"][0]["accuracy"] - 0.1
 
 
-def test_a_comparison_names_the_log_of_a_run_that_failed(tmp_path):
+def test_a_comparison_names_the_run_that_failed_and_does_the_others(tmp_path):
+    folder = {"dataset": "folder", "class-names": "cat,dog", "connect-timeout-s": 60.0}  # without any folder
     experiment = {
         "title": "Fails",
         "clients": 2,
         "seeds": [0],
-        "settings": {"dataset": "folder", "class-names": "cat,dog", "connect-timeout-s": 60.0},  # without any folder
+        "settings": {"num-server-rounds": 1, "model": "cnn"},
         "columns": {"all": {}},
-        "rows": {"FGL": {}},
+        "rows": {"FGL": folder, "Centralized": {"method": "centralized"}},
     }
     (tmp_path / "fails.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
 
     output = fgl("compare", "fails.yaml", "--output-dir", "out", cwd=tmp_path, expect=1)
 
-    log = tmp_path / "out" / "runs" / "fgl--all--seed-0.log"
-    assert f"Its log is {str(log)!r}" in output
+    runs = tmp_path / "out" / "runs"
+    log = runs / "fgl--all--seed-0.log"
+    assert "1 of 2 failed: fgl--all--seed-0. Their logs" in output
+    assert str(runs) in output
     assert "2 of 2 failed: The client has no usable images" in log.read_text()
     assert not log.with_suffix("").joinpath("results.json").exists()
+    assert results(runs / "centralized--all--seed-0")["final_accuracy"] > 0.5
+    assert "| FGL | — |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def _value(text: str) -> int | float | str:
