@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -57,6 +59,13 @@ def stable_diffusion_2_1(folder: Path) -> Path:
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def random_lora(unet: UNet2DConditionModel, folder: Path) -> Path:
+    """Write random LoRA weights for a UNet's attention, which cost as much as trained ones; it keeps them."""
+    unet.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
     return folder
 
 
