@@ -55,7 +55,7 @@ def our_procedure(plan: Plan) -> Callable[[], int]:
 
     def run() -> int:
         shutil.rmtree(root)
-        drawn = sum(worker.run_all(plan.units()))
+        drawn = sum(count for _, count in worker.run_all(plan.units()))
         data = UnitStore(root, plan.settings.digest()).read(as_ids(sample.sample_id for sample in plan.samples()))
         assert len(data) == drawn == plan.num_images
         return drawn

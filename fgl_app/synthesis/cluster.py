@@ -27,22 +27,22 @@ def plan_of_actor(plan: Plan) -> Plan:
 
 
 class SynthesisActor:
-    """Draws units in a process of its own; only their numbers of images come back."""
+    """Draws units in a process of its own; only numbers of images come back."""
 
     def __init__(self, plan: Plan, folder: str) -> None:
         """Load the generator."""
         torch.set_num_threads(1)
         self._worker = UnitWorker(plan_of_actor(plan), Path(folder), num_threads=1)
 
-    def run(self, unit: Unit) -> int:
+    def run(self, unit: Unit) -> tuple[int, int]:
         """Draw and commit a unit; see :meth:`UnitWorker.run`."""
         return self._worker.run(unit)
 
 
 def draw_on_cluster(
     plan: Plan, folder: Path, units: Iterator[Unit], num_workers: int, ray_address: str
-) -> Iterator[int]:
-    """Draw units and yield the number of images of each as it is committed.
+) -> Iterator[tuple[int, int]]:
+    """Draw units and yield of each, as it is committed, its number of images and how many of them were drawn.
 
     Every actor has one unit in work and one waiting. Ray starts a dead actor again and hands it its units, of which
     those that were committed are not drawn again.
@@ -84,7 +84,7 @@ def draw_on_cluster(
             (finished,), _ = ray.wait(list(running), num_returns=1)
             number, unit = running.pop(finished)
             try:
-                count = ray.get(finished)
+                counts = ray.get(finished)
             except RayActorError as error:
                 if "creation task" in str(error):
                     raise SynthesisError(
@@ -96,7 +96,7 @@ def draw_on_cluster(
                 ) from None
             if (following := next(units, None)) is not None:
                 give(number, following)
-            yield count
+            yield counts
     finally:
         ray.shutdown()
 

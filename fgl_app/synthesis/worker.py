@@ -72,10 +72,14 @@ class UnitWorker:
             "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         }
 
-    def run(self, unit: Unit) -> int:
-        """Draw and commit one unit, unless another worker has; return its number of images."""
+    def run(self, unit: Unit) -> tuple[int, int]:
+        """Draw and commit one unit, unless another worker has.
+
+        Returns:
+            Its number of images, and how many of them were drawn here.
+        """
         if self._store.has(unit.unit_id):
-            return len(unit.samples)
+            return len(unit.samples), 0
         engine = self._engines.get()
         try:
             drawn = engine.draw(unit)
@@ -89,10 +93,10 @@ class UnitWorker:
             "judged": drawn.judged,
         }
         self._store.commit(unit.unit_id, drawn.tensors, provenance)
-        return len(unit.samples)
+        return len(unit.samples), len(unit.samples)
 
-    def run_all(self, units: Iterator[Unit]) -> Iterator[int]:
-        """Draw and commit many units, and yield the number of images of each as it is committed."""
+    def run_all(self, units: Iterator[Unit]) -> Iterator[tuple[int, int]]:
+        """Draw and commit many units, and yield of each, as it is committed, what :meth:`run` returns."""
         with ThreadPoolExecutor(self.num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             running = {pool.submit(self.run, unit) for unit in islice(units, self.num_threads)}
             try:
@@ -138,7 +142,7 @@ def work(plan: Plan, folder: Path, num_workers: int = 0, ray_address: str = "") 
         ray_address: Of a cluster; empty for actors on this machine.
 
     Returns:
-        Number of images drawn.
+        Number of images drawn, without those of other workers on the same store.
     """
     store = UnitStore(folder, plan.settings.digest())
     sizes = [len(unit.samples) for unit in missing_units(plan, store)]
@@ -156,9 +160,11 @@ def work(plan: Plan, folder: Path, num_workers: int = 0, ray_address: str = "") 
         counts = UnitWorker(plan, folder).run_all(units)
     done = plan.num_images - missing
     with tqdm(desc="synthesis", total=plan.num_images, initial=done, unit="image", ascii=True, mininterval=1.0) as bar:
-        for count in counts:
-            bar.update(count)
-    return missing
+        total = 0
+        for num_images, num_drawn in counts:
+            bar.update(num_images)
+            total += num_drawn
+    return total
 
 
 def _end_with_parent() -> None:

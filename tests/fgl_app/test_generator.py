@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
-from test_synthesis import CPU, SETTINGS, draw, engine_of, plan_of
+from plans import CPU, SETTINGS, draw, engine_of, plan_of
 
 from fgl_app.errors import ModelError, SynthesisError
 from fgl_app.prompts import PromptBudget

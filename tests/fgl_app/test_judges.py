@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from test_synthesis import CPU, SETTINGS, engine_of, plan_of
+from plans import CPU, SETTINGS, engine_of, plan_of
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,

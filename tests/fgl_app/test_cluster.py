@@ -1,0 +1,156 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from plans import ids_of, plan_of, store_of
+
+from fgl_app.config import APP_FOLDER
+from fgl_app.errors import SynthesisError
+from fgl_app.prompts import PromptBudget
+from fgl_app.synthesis.cluster import plan_of_actor
+from fgl_app.synthesis.plan import UNIT_SIZE
+from fgl_app.synthesis.worker import work
+
+
+@pytest.mark.e2e
+def test_a_worker_killed_in_the_middle_leaves_a_store_that_is_completed_to_the_same_bytes(tmp_path):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 40) for label in range(10)), num_inference_steps=8)
+    wanted = ids_of(plan)
+    work(plan, tmp_path / "undisturbed")
+    store = store_of(plan, tmp_path / "killed")
+    plan.save(tmp_path / "plan.json")
+    command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(store.folder)]
+
+    process = subprocess.Popen(command, cwd=APP_FOLDER, stderr=subprocess.DEVNULL)
+    while store.index().holds(wanted).sum() < 2 * UNIT_SIZE and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    committed = int(store.index().holds(wanted).sum())
+
+    assert 0 < committed < 400
+    assert work(plan, store.folder) == 400 - committed
+    assert store.content_hash(wanted) == store_of(plan, tmp_path / "undisturbed").content_hash(wanted)
+
+
+@pytest.mark.e2e
+def test_the_worker_ends_with_the_process_that_started_it_even_if_that_was_killed(tmp_path):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 400) for label in range(10)), num_inference_steps=20)
+    plan.save(tmp_path / "plan.json")
+    program = (
+        "from pathlib import Path; from fgl_app.synthesis.launch import synthesize; "
+        "from fgl_app.synthesis.plan import Plan; folder = Path({folder!r}); "
+        "synthesize(Plan.load(folder / 'plan.json'), folder / 'store', folder, print)"
+    )
+    command = [sys.executable, "-c", program.format(folder=str(tmp_path))]
+
+    with subprocess.Popen(command, cwd=APP_FOLDER, stdout=subprocess.DEVNULL, start_new_session=True) as parent:
+        while not (workers := psutil.Process(parent.pid).children()):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+
+
+@pytest.mark.e2e
+def test_actors_of_ray_draw_the_same_images_and_survive_the_death_of_one(tmp_path):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 40) for label in range(10)), num_inference_steps=8)
+    plan.save(tmp_path / "plan.json")
+    wanted = ids_of(plan)
+    work(plan, tmp_path / "alone")
+    store = store_of(plan, tmp_path / "cluster")
+    command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(store.folder)]
+
+    with subprocess.Popen([*command, "--workers", "2"], cwd=APP_FOLDER, stderr=subprocess.DEVNULL) as process:
+        while store.index().holds(wanted).sum() < UNIT_SIZE and process.poll() is None:
+            time.sleep(0.05)
+        actors = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "SynthesisActor" in " ".join(child.cmdline())
+        ]
+        actors[0].kill()
+
+    assert len(actors) == 2
+    assert process.returncode == 0
+    assert store.content_hash(wanted) == store_of(plan, tmp_path / "alone").content_hash(wanted)
+    held = [json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")]
+    assert sum(held) == 400  # no image was drawn twice
+
+
+def test_an_actor_draws_the_same_identities_on_the_one_gpu_that_it_sees():
+    second = dataclasses.replace(plan_of(PromptBudget(0, "zero", 3)), device="cuda:1")
+
+    seen = plan_of_actor(second)
+
+    assert seen.device == "cuda"
+    assert list(seen.samples()) == list(second.samples())
+
+
+def test_an_unreachable_cluster_is_one_sentence(tmp_path):
+    with pytest.raises(SynthesisError, match="`ray-address` must be that of a running cluster"):
+        work(plan_of(PromptBudget(0, "zero", 1)), tmp_path, num_workers=1, ray_address="127.0.0.1:1")
+
+
+SERVER = """
+import sys
+from pathlib import Path
+from fgl_app.synthesis.launch import synthesize
+from fgl_app.synthesis.plan import Plan
+
+folder = Path(sys.argv[1])
+synthesize(Plan.load(folder / "plan.json"), folder / "killed", folder, lambda line: None)
+"""
+"""What the ServerApp does while images are drawn: it starts the worker and waits for it."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", 64) for label in range(10)), num_inference_steps=4)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    work(plan, folder)
+    return plan, store_of(plan, folder).content_hash(ids_of(plan))
+
+
+@pytest.mark.e2e
+@pytest.mark.nightly
+@pytest.mark.parametrize("victim", ["worker", "actor", "server"])
+@pytest.mark.parametrize("trial", range(20))
+def test_a_kill_at_any_moment_changes_nothing_and_costs_no_committed_image(tmp_path, undisturbed, trial, victim):
+    plan, expected = undisturbed
+    plan.save(tmp_path / "plan.json")
+    wanted, store = ids_of(plan), store_of(plan, tmp_path / "killed")
+    command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(store.folder)]
+    if victim == "server":
+        command = [sys.executable, "-c", SERVER, str(tmp_path)]
+    elif victim == "actor":
+        command += ["--workers", "2"]
+    moment = random.Random(trial).uniform(0, 640)
+
+    with subprocess.Popen(command, cwd=APP_FOLDER, stderr=subprocess.DEVNULL) as process:
+        while store.index().holds(wanted).sum() < moment - UNIT_SIZE and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.Random(trial).uniform(0, 0.5))
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        if victim == "actor":  # the driver goes on without it
+            actors = [child for child in family if "SynthesisActor" in " ".join(child.cmdline())]
+            random.Random(trial).choice(actors).kill() if actors else None
+        else:
+            process.kill()
+    _, alive = psutil.wait_procs(family, timeout=30)  # the worker of a killed server ends by itself
+    assert not alive, [child.cmdline() for child in alive]
+    held = store.index().holds(wanted).sum()
+    committed = {file.name: file.stat().st_mtime_ns for file in store.units_folder.glob("*.json")}
+
+    assert work(plan, store.folder, 2 if victim == "actor" else 0) == 640 - held
+    assert store.content_hash(wanted) == expected
+    assert sum(json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")) == 640
+    assert all((store.units_folder / name).stat().st_mtime_ns == then for name, then in committed.items())
