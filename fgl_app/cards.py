@@ -80,7 +80,8 @@ class Card:
     transforms: tuple[tuple[str, int], ...]
     """What is done to each image before it is scaled to ``image-size``: pairs of name and size in px."""
     native_size: int
-    """Side of an original image, px; for photographs the usual size of training."""
+    """Side of an original image, px, or for photographs the usual size of training: ``image-size`` unless
+    :attr:`defaults` names another."""
     form: PromptForm
     domain_forms: Mapping[str, PromptForm]
     """Form of a domain's prompts where it differs from :attr:`form`."""

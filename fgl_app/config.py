@@ -24,14 +24,15 @@ APP_FOLDER = Path(__file__).resolve().parent.parent
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _FROM_CARD: dict[str, tuple[RunConfigValue, RunConfigValue]] = {
-    "image-size": (0, 224),
+    "image-size": (0, 0),
     "augmentation": ("card", "crop-flip"),
     "num-inference-steps": (0, 50),
     "guidance-scale": (-1.0, 2.0),
     "scheduler": ("card", "own"),
     "generation-size": (0, 0),
 }
-"""Keys with the value that leaves them to the card, and the value where the card is silent, too."""
+"""Keys with the value that leaves them to the card, and the value where the card is silent, too; where it is about the
+size, its ``native-size``."""
 
 _PROFILES: dict[str, dict[str, RunConfigValue]] = {
     "paper": {"guidance-start": 0.0, "guidance-stop": 1.0, "deep-cache-interval": 1},
@@ -154,11 +155,12 @@ def _take_from_card(
     for key in card.defaults:
         if key not in _FROM_CARD:
             raise ConfigError(f"The card {card.name} may set {', '.join(_FROM_CARD)}, but sets `{key}`.")
+    defaults = {"image-size": card.native_size, **card.defaults}
     for key, (left_to_card, otherwise) in _FROM_CARD.items():
         section, hint = hints[key]
         name = key.replace("-", "_")
         if values[section][name] == left_to_card:
-            values[section][name] = _typed(key, card.defaults.get(key, otherwise), hint)
+            values[section][name] = _typed(key, defaults.get(key, otherwise), hint)
 
 
 def _folder_card(names: str) -> Card:
