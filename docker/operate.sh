@@ -7,14 +7,18 @@ mkdir -p "$FLWR_HOME"
 cat > "$FLWR_HOME/config.toml" << 'TOML'
 [superlink.demo]
 address = "127.0.0.1:8000"
-root-certificates = "/certificates/server/ca.crt"
+root-certificates = "/certificates/ca.crt"
 TOML
 
 prepare() {
     [ -e /demo/certificates/ca/ca.crt ] ||
         fgl certificates /demo/certificates --host superlink --site site0 --site site1 --site site2
     cp /examples/gate.conf /demo/certificates/server/
-    mkdir -p /demo/runs /demo/models
+    mkdir -p /demo/runs /demo/models /demo/certificates/operator
+    cp /demo/certificates/server/ca.crt /demo/certificates/operator/
+    for site in site0 site1 site2; do
+        cp "/demo/certificates/$site/supernode.pub" "/demo/certificates/operator/$site.pub"
+    done
     chown -R "$FGL_UID" /demo/certificates /demo/runs
     if [ -z "$(find /demo/sites -mindepth 2 -print -quit 2> /dev/null)" ]; then
         python3 /examples/write_sites.py /demo/sites
@@ -25,7 +29,7 @@ prepare() {
 # A second start finds the keys registered.
 register() {
     for site in site0 site1 site2; do
-        answer=$(flwr supernode register "/certificates/$site/supernode.pub" demo --name "$site" 2>&1) ||
+        answer=$(flwr supernode register "/certificates/$site.pub" demo --name "$site" 2>&1) ||
             [[ "$answer" == *"already in use"* ]] || { echo "$answer" >&2; exit 1; }
     done
 }

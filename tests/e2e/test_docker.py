@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from commands import results
 
 from fgl_app.config import APP_FOLDER
@@ -181,6 +182,23 @@ def test_nothing_runs_as_root_and_everything_is_healthy(demo):
         container = do(["docker", "ps", "--quiet", "--filter", f"name={PROJECT}.{service}"]).strip()
         assert do(["docker", "exec", container, "id", "--user"]).strip() == "1000"
         assert do(["docker", "inspect", "--format", "{{.State.Health.Status}}", container]).strip() == "healthy"
+
+
+def test_who_operates_sees_no_private_key(demo):
+    held = {path.name for path in (demo / "certificates" / "operator").iterdir()}
+
+    assert held == {"ca.crt", "site0.pub", "site1.pub", "site2.pub"}
+
+
+def test_the_gpu_is_the_servers(demo):
+    words = documented(APP_FOLDER / "docker" / "compose.gpu.yaml", "--detach")[2:]
+
+    merged = yaml.safe_load(do([*compose(), *words[: words.index("up")], "config"]))
+
+    owners = [name for name, service in merged["services"].items() if "reservations" in str(service.get("deploy"))]
+    assert owners == ["superlink"]
+    (device,) = merged["services"]["superlink"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
 
 
 def test_the_server_can_compile_kernels_for_a_gpu(demo):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, results
+from commands import ENVIRONMENT
 from hosts import Network, network
 from processes import Processes
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
 SITES = ("site0", "site1", "site2")
 SERVER = "server.example.org"
 RUN_CONFIG = (
-    'dataset="folder" num-clients=3 min-clients=2 connect-timeout-s=20 num-server-rounds=2 image-size=8 model="cnn"'
+    'dataset="folder" num-clients=3 min-clients=2 connect-timeout-s=20 num-server-rounds=200 image-size=8 model="cnn"'
     " images-per-class=24 num-inference-steps=6 server-epochs=4 local-epochs=1 server-finetune-epochs=0 batch-size=16"
     ' output-dir="{output}"'
 )
@@ -72,7 +72,7 @@ def flwr(tmp_path):
     return run
 
 
-def test_a_run_outlives_a_cut_cable(tmp_path, flwr):
+def test_a_run_outlives_a_cut_cable_and_a_dead_supernode_and_takes_both_sites_back(tmp_path, flwr):
     images = [sys.executable, APP_FOLDER / "examples" / "deployment" / "write_sites.py", tmp_path / "images"]
     environment = ENVIRONMENT | {
         "OMP_NUM_THREADS": "1",
@@ -95,18 +95,33 @@ def test_a_run_outlives_a_cut_cable(tmp_path, flwr):
             run_id = json.loads(started)["run-id"]
 
             metrics = tmp_path / "digits" / "metrics.jsonl"
-            processes.wait_until(lambda: metrics.exists() and metrics.read_text(), 300, "round 1 must end")
+
+            def wait_for_round(after: int, clients: int, what: str) -> int:
+                """Wait until so many clients trained in a round after that one, and return its number."""
+
+                def found() -> list[int]:
+                    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+                    return [row["round"] for row in rows if row["round"] > after and row["clients"] == clients]
+
+                processes.wait_until(found, 300, what)
+                return found()[0]
+
+            begun = wait_for_round(1, 3, "all sites must train")
             hosts.plug("site2", "down")
-            processes.wait_until((tmp_path / "digits" / "results.json").exists, 240, "the run must end")
+            alone = wait_for_round(begun, 2, "a round must end without the site whose cable is cut")
+            hosts.plug("site2", "up")
+            again = wait_for_round(alone, 3, "the site must train again when its cable is back")
+            processes.kill("site1")
+            alone = wait_for_round(again, 2, "a round must end without the site whose SuperNode died")
+            start_site(hosts, processes, tmp_path, 1)
+            wait_for_round(alone, 3, "the site must train again when its SuperNode is back")
+            flwr(hosts, "stop", run_id, "site")
             output = flwr(hosts, "log", run_id, "site", "--show") + processes.output()
         finally:
             processes.stop()
 
-    rounds = results(tmp_path / "digits")["rounds"]
-    assert [(row["round"], row["phase"], row["clients"]) for row in rounds] == [
-        (1, "one-shot", 0),
-        (2, "federated", 2),
-    ]
-    assert results(tmp_path / "digits")["upload_bytes"]["prompts_per_client"]["payload"] > 0
-    assert "round 2 (train): 1 of 3 failed" in output
+    rounds = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert (rounds[0]["phase"], rounds[0]["clients"]) == ("one-shot", 0)
+    assert rounds[0]["upload_bytes"] > 0
+    assert re.search(r"round \d+ \(train\): 1 of 3 failed", output)
     assert not re.search(r"a photo of a handwritten (zero|one|nine)", output)  # prompts are never logged
