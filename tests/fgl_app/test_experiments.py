@@ -1,6 +1,7 @@
 import csv
 import io
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -9,6 +10,7 @@ from fgl_app.comparison import compare, typed, write_tables
 from fgl_app.config import APP_FOLDER
 from fgl_app.errors import ConfigError
 from fgl_app.experiments import accuracies, epsilon_of, load_experiment, mean_and_sd
+from fgl_app.reporting.comparison_figures import _column_points, _round_points, draw
 from fgl_app.simulation import _value
 
 EXPERIMENT = {
@@ -166,6 +168,26 @@ def test_tables_and_figures_are_files(write, tmp_path):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert len(set(picture.convert("L").tobytes())) > 20
         assert (tmp_path / "out" / f"{name}.svg").read_text().count("<path") > 10
+
+
+def test_curves_stand_at_the_seconds_of_their_rounds_and_at_the_number_of_their_column(write):
+    volumes = {"columns": {"20": {"images-per-class": 20}, "1,000": {"images-per-class": 1000}}, "orderings": []}
+    figures = [
+        {"name": "time", "kind": "by-seconds", "title": "t"},
+        {"name": "volume", "kind": "by-column", "title": "v"},
+    ]
+    experiment = load_experiment(write(**volumes, figures=figures))
+    by_seconds, by_column = experiment.figures
+    results = {("FGL", "1,000"): [result(0, 0.5, 0.7), result(1, 0.7, 0.9)], ("FGL", "20"): [result(0, 0.4, 0.4)]}
+
+    # Two seconds a round; mean and sample standard deviation, in percent.
+    assert _round_points(experiment, results, "FGL", "1,000", by_seconds.kind) == pytest.approx(
+        np.array([[2.0, 60.0, 100 * 0.02**0.5], [4.0, 80.0, 100 * 0.02**0.5]])
+    )
+    assert _column_points(experiment, results, "FGL", experiment.columns, by_column) == pytest.approx(
+        np.array([[20.0, 40.0, 0.0], [1000.0, 80.0, 100 * 0.02**0.5]])
+    )
+    assert {"time.png", "volume.png"} <= set(draw(experiment, results))
 
 
 def test_figures_have_equal_bytes_for_equal_numbers(write, tmp_path):

@@ -102,6 +102,17 @@ def test_a_plan_draws_on_the_device_that_is_named_for_it(run_config, tmp_path):
             work(elsewhere, tmp_path)
 
 
+def test_images_are_spread_over_prompts_as_the_settings_say(run_config, tmp_path):
+    prompts = MergedPrompts((PromptCount(0, "zero", 9), PromptCount(0, "a zero", 1)), ("zero", "one"))
+
+    def spread(kind):
+        settings = parse_run_config(run_config | {"prompt-budget": kind, "images-per-class": 10})
+        return {item.prompt: item.num_images for item in draw_plan(settings, prompts, tmp_path / "none").budget}
+
+    assert spread("proportional") == {"zero": 9, "a zero": 1}
+    assert spread("uniform") == {"zero": 5, "a zero": 5}
+
+
 def test_on_a_cpu_the_batch_size_of_the_settings_changes_nothing(run_config, tmp_path):
     prompts = MergedPrompts((PromptCount(0, "zero", 1),), ("zero", "one"))
 

@@ -54,6 +54,18 @@ def test_embeddings_are_uploaded_and_drawn(train_rounds):
     assert (run_folder / "embeddings.safetensors").stat().st_mode & 0o777 == 0o600
 
 
+def test_the_server_can_write_the_prompts_of_any_method(train_rounds):
+    small = {"images_per_class": 8, "server_epochs": 1, "num_prompts_per_class": 2, "num_inference_steps": 2}
+
+    run_folder = train_rounds("server", 2, prompt_source="server", **small)
+
+    found = json.loads((run_folder / "results.json").read_text())
+    assert found["method"] == "fgl"
+    assert found["upload_bytes"]["prompts_per_client"] is None
+    assert [row["upload_bytes"] > 0 for row in found["rounds"]] == [False, True]
+    assert len({row["prompt"] for row in read_json_lines(run_folder / "prompts.jsonl")}) == 20
+
+
 class LateWhile:
     """The nodes that have not answered yet: one, for as long as ``waiting`` says."""
 
