@@ -12,6 +12,7 @@ from fgl_app.training import Evaluation
 from strategies import CheckedRounds
 from strategies.inner import build_inner
 from strategies.screening import evaluation_fault, update_fault
+from strategies.updates import values_of
 
 SENT = ArrayRecord({"weight": Array(np.zeros((2, 3), np.float32)), "count": Array(np.array(3))})
 
@@ -110,6 +111,36 @@ arrays = st.one_of(
     st.binary(max_size=200).map(forged),
 )
 numbers = st.integers(-(2**62), 2**62) | st.floats() | st.lists(st.floats(), max_size=2)
+
+
+HONEST = Array(np.arange(6, dtype=np.float32).reshape(2, 3)).data
+
+
+@st.composite
+def damaged_files(draw):
+    """An array's file with a few bytes changed, or cut off; or with a header of one's own."""
+    if draw(st.booleans()):
+        header = f"{{'descr': {draw(descriptions)}, 'fortran_order': {draw(st.booleans())}, 'shape': {draw(shapes)}, }}"
+        header = header.ljust(118 - 1) + "\n"
+        return b"\x93NUMPY" + bytes([draw(st.sampled_from([1, 2, 3])), 0]) + b"v\x00" + header.encode() + HONEST[-24:]
+    data = bytearray(HONEST)
+    for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=4)):
+        data[place] = value
+    return bytes(data[: draw(st.sampled_from([len(data)] * 3 + [130, 60, 9, 0]))])
+
+
+descriptions = st.sampled_from(["'<f4'", "'>f4'", "'|O'", "'<f8'", "[('x', '<f4')]", "'<U1'", "'|S4'", "'<M8[s]'", "4"])
+shapes = st.sampled_from([(2, 3), (3, 2), (-1, 3), (-2, -3), (6,), (), (0,), (2, 3, 1), (True, 6), (2**62, 4), "x"])
+
+
+@given(damaged_files())
+def test_an_update_that_passes_is_read_alike_by_flower(data):
+    found = reply(arrays={"weight": forged(data)})
+
+    if update_fault(found, SENT, 1e9) is None:
+        array = found.content["arrays"]["weight"]
+        assert np.array_equal(array.numpy(), values_of(array))
+        assert array.numpy().shape == (2, 3)
 
 
 @given(
