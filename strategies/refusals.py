@@ -9,16 +9,15 @@ from flwr.app import Message
 
 from fgl_app.errors import ApprovalError, ConfigError, DataError, FGLError, ModelError, PromptError
 
-_SENTENCES = {
-    error.client_code: error.client_sentence
-    for error in (FGLError, ConfigError, DataError, ModelError, PromptError, ApprovalError)
-}
-_SENTENCES |= {  # Flower's own; see flwr.common.constant.ErrorCode
+_ASTRAY = {  # Flower's own; see flwr.common.constant.ErrorCode
     3: "No reply came before the message expired.",
     5: "The SuperNode went away.",
     8: "The client's process ended.",
 }
-_ASTRAY = (3, 5, 8)
+_SENTENCES = _ASTRAY | {
+    error.client_code: error.client_sentence
+    for error in (FGLError, ConfigError, DataError, ModelError, PromptError, ApprovalError)
+}
 
 
 def error_sentence(reply: Message) -> str:
