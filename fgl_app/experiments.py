@@ -22,6 +22,8 @@ Results = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """``results.json`` of every finished run of a row and column, in the order of the seeds."""
 
 _SET_HERE = ("run-name", "output-dir", "store-dir", "seed", "num-clients")
+_FILES = {"dataset", "caption-vocabulary"}
+"""Keys that may name a file beside the experiment."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Experiment:
 def read_experiment(path: Path) -> Any:
     """Read an experiment's file, which nothing but its syntax has been checked of.
 
-    A card that lies beside it is named by its whole path, so that what is read can be written elsewhere.
+    Files that lie beside it are named by their whole path, so that what is read can be written elsewhere.
 
     Raises:
         ConfigError: If it is no YAML file that can be read.
@@ -154,10 +156,17 @@ def read_experiment(path: Path) -> Any:
         raise ConfigError(
             f"The experiment {str(path)!r} must be YAML, but is not: {' '.join(str(error).split())[:300]}."
         ) from None
-    shared = content.get("settings") if isinstance(content, dict) else None
-    if isinstance(shared, dict) and str(shared.get("dataset", "")).endswith((".yaml", ".yml")):
-        shared["dataset"] = str(path.resolve().parent / Path(shared["dataset"]).expanduser())
+    if isinstance(content, dict):
+        groups = [content.get("settings"), *_values(content.get("rows")), *_values(content.get("columns"))]
+        for settings in groups:
+            for key in _FILES & set(settings if isinstance(settings, dict) else ()):
+                if str(settings[key]).endswith((".yaml", ".yml", ".txt")):
+                    settings[key] = str(path.resolve().parent / Path(settings[key]).expanduser())
     return content
+
+
+def _values(of: object) -> list[Any]:
+    return list(of.values()) if isinstance(of, dict) else []
 
 
 def load_experiment(path: Path) -> Experiment:

@@ -9,7 +9,7 @@ from PIL import Image
 from fgl_app.comparison import compare, typed, write_tables
 from fgl_app.config import APP_FOLDER
 from fgl_app.errors import ConfigError
-from fgl_app.experiments import accuracies, epsilon_of, load_experiment, mean_and_sd
+from fgl_app.experiments import accuracies, epsilon_of, load_experiment, mean_and_sd, read_experiment
 from fgl_app.reporting.comparison_figures import _column_points, _round_points, draw
 from fgl_app.simulation import _value
 
@@ -87,6 +87,20 @@ def test_runs_are_methods_times_conditions_times_seeds(write, tmp_path):
 @pytest.mark.parametrize("value", [True, False, 3, 0.5, "off"])
 def test_values_are_typed_as_the_command_reads_them(value):
     assert _value(typed(value)) == value
+
+
+def test_files_beside_the_experiment_are_found_wherever_it_is_copied(write, tmp_path):
+    rows = {
+        "Captions": {"prompt-level": "instance", "caption-vocabulary": "words.txt"},
+        "Elsewhere": {"prompt-level": "instance", "caption-vocabulary": "/elsewhere/words.txt"},
+    }
+
+    content = read_experiment(write(rows=rows, figures=[], orderings=[], settings={"dataset": "own/card.yaml"}))
+
+    assert [row["caption-vocabulary"] for row in content["rows"].values()] == [
+        str(tmp_path / "words.txt"), "/elsewhere/words.txt",
+    ]  # fmt: skip
+    assert content["settings"]["dataset"] == str(tmp_path / "own" / "card.yaml")
 
 
 def test_a_row_can_start_from_the_weights_of_another(write, tmp_path):
