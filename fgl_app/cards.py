@@ -5,6 +5,7 @@ Shipped cards are ``fgl_app/data/cards/*.yaml``; a user's own card is any YAML f
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -112,11 +113,13 @@ def shipped_cards() -> list[str]:
 
 
 def load_card(dataset: str) -> Card:
-    """Load a shipped card by its name, or one's own by its absolute path.
+    """Load a shipped card by its name or one's own by its absolute path, or make that of a folder of images per class.
 
     Raises:
-        ConfigError: If there is no such card, or it is not well-formed.
+        ConfigError: If there is no such card or folder, or it is not well-formed.
     """
+    if Path(dataset).expanduser().is_absolute() and Path(dataset).expanduser().is_dir():
+        return _card_of(Path(dataset).expanduser())
     if dataset.endswith((".yaml", ".yml")):
         path = Path(dataset).expanduser()
         if not path.is_absolute():
@@ -129,8 +132,8 @@ def load_card(dataset: str) -> Card:
     if dataset not in known:
         near = difflib.get_close_matches(dataset, known, n=2) or known
         raise ConfigError(
-            f"`dataset` must be the name of a shipped card, folder, or the absolute path of a .yaml card, but is "
-            f"{dataset!r}. Use {' or '.join(near)}."
+            f"`dataset` must be the name of a shipped card, folder, or the absolute path of a .yaml card or of a "
+            f"folder with one folder of images per class, but is {dataset!r}. Use {' or '.join(near)}."
         )
     return _load(SHIPPED / f"{dataset}.yaml")
 
@@ -156,6 +159,19 @@ def folder_card(class_names: Sequence[str]) -> Card:
         native_size=224,
         form=PromptForm(("a photo of {a class}",), "{class}, {caption}", ""),
         domain_forms={},
+    )
+
+
+def _card_of(folder: Path) -> Card:
+    """Return the card of a folder with one folder of images per class, which is divided over simulated clients."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if len(names) < 2:
+        raise ConfigError(
+            f"`dataset` {str(folder)!r} must hold one folder of images per class, at least two, but holds {len(names)}."
+        )
+    classes = tuple(CardClass(name, name, name) for name in names)
+    return dataclasses.replace(
+        folder_card(()), name=folder.name, title=f"The folder {folder.name}", locator=str(folder), classes=classes
     )
 
 

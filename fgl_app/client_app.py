@@ -123,8 +123,7 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
     if settings.prompts.prompt_level == "embedding":
         upload = _embedded(written, settings, data)
     log(INFO, "client %s sends %s distinct prompts", data.partition_id, len(upload.prompts))
-    unreadable = data.num_unreadable if settings.privacy.prompt_counts == "exact" else 0
-    return prompts_reply(upload, _told(len(data.train), settings), data.partition_id, unreadable)
+    return prompts_reply(upload, _told(len(data.train), settings), data.partition_id, _unreadable_told(data, settings))
 
 
 def train(message: Message, settings: Settings, context: Context) -> RecordDict:
@@ -158,7 +157,7 @@ def train(message: Message, settings: Settings, context: Context) -> RecordDict:
         {
             ARRAYS: to_arrays(model),
             METRICS: training_metrics(_told(len(data.train), settings), loss or 0.0),
-            CLIENT: client_record(data.partition_id),
+            CLIENT: client_record(data.partition_id, _unreadable_told(data, settings)),
         }
     )
 
@@ -195,6 +194,10 @@ def _terms(settings: Settings) -> str:
 def _told(num_images: int, settings: Settings) -> int:
     """Return the number of images that the server is told: how many there are is the owner's to keep if counts are."""
     return num_images if settings.privacy.prompt_counts == "exact" else min(1, num_images)
+
+
+def _unreadable_told(data: ClientData, settings: Settings) -> int:
+    return data.num_unreadable if settings.privacy.prompt_counts == "exact" else 0
 
 
 def _data(message: Message, settings: Settings, context: Context) -> ClientData:

@@ -79,6 +79,7 @@ def compare(
     experiment = load_experiment(path)
     runs = experiment.runs(folder, data_dir)
     finished = {run.name: _results(folder, run) for run in runs}
+    folder.mkdir(parents=True, exist_ok=True)
     copy = yaml.safe_dump(read_experiment(path), allow_unicode=True, sort_keys=False)
     write_atomically(folder / EXPERIMENT_FILE, copy.encode())
     left = [run for run in runs if finished[run.name] is None]

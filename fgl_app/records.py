@@ -88,9 +88,14 @@ def label_prompts(named: Iterable[NamedPrompt], class_names: Sequence[str]) -> l
     return [PromptCount(labels[item.class_name], item.prompt, item.count, item.domain) for item in named]
 
 
-def client_record(partition_id: int) -> ConfigRecord:
-    """Record that lets the server put replies into a reproducible order; Flower's node ids are random."""
-    return ConfigRecord({PARTITION_ID: partition_id})
+def client_record(partition_id: int, num_unreadable: int = 0) -> ConfigRecord:
+    """Record that lets the server put replies into a reproducible order; Flower's node ids are random.
+
+    Args:
+        partition_id: The client's place among the clients.
+        num_unreadable: Files among its images that could not be read.
+    """
+    return ConfigRecord({PARTITION_ID: partition_id, NUM_UNREADABLE: num_unreadable})
 
 
 def prompts_reply(upload: Upload, num_examples: int, partition_id: int, num_unreadable: int = 0) -> RecordDict:
@@ -108,17 +113,17 @@ def prompts_reply(upload: Upload, num_examples: int, partition_id: int, num_unre
     return RecordDict(
         {
             PROMPTS: record,
-            METRICS: MetricRecord({NUM_EXAMPLES: num_examples, NUM_UNREADABLE: num_unreadable}),
-            CLIENT: client_record(partition_id),
+            METRICS: MetricRecord({NUM_EXAMPLES: num_examples}),
+            CLIENT: client_record(partition_id, num_unreadable),
         }
     )
 
 
 def num_unreadable_of(message: Message) -> int:
     """Return how many of its images a client says it could not read; 0 if it says nothing of the kind."""
-    record = message.content.get(METRICS)
-    number = record.get(NUM_UNREADABLE) if isinstance(record, MetricRecord) else None
-    return number if isinstance(number, int) and 0 < number <= MAX_UNREADABLE else 0
+    record = message.content.get(CLIENT)
+    number = record.get(NUM_UNREADABLE) if isinstance(record, ConfigRecord) else None
+    return number if type(number) is int and 0 < number <= MAX_UNREADABLE else 0
 
 
 def payload_of(message: Message) -> bytes:

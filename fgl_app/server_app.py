@@ -319,6 +319,7 @@ class Session:
             sizes = strategy.model_bytes.get(number, [])
             prompts_upload = self.prompt_round["upload"]["all_messages"] if self.prompt_round and number == 1 else 0
             refused = strategy.refusals[number].rows(named=not self._secret_draw) if number in strategy.refusals else []
+            unreadable = {} if self._secret_draw else strategy.unreadable_images.get(number, {})
             private = self.settings.privacy.client_dp != "off"
             reused = self.synthesis.reused_seconds if phase == "one-shot" and self.synthesis else 0.0
             sent = {
@@ -327,6 +328,7 @@ class Session:
                 "upload_bytes": sum(sizes) + prompts_upload,
                 "clients": len(sizes),
                 **({"refused": refused} if refused else {}),
+                **({"unreadable_images": unreadable} if unreadable else {}),
                 **strategy.update_metrics.get(number, {}),
                 **({"drawn": list(strategy.draws[number])} if private and number in strategy.draws else {}),
             }

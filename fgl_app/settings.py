@@ -44,7 +44,8 @@ class DataSettings:
     """The clients' data."""
 
     dataset: str
-    """A shipped card, the absolute path of a card, or ``folder``: each node's own images, from its node-config."""
+    """A shipped card, the absolute path of a card or of a folder with one folder of images per class, or ``folder``:
+    each node's own images, from its node-config."""
     data_dir: str
     """Absolute folder where the card's data lie; empty for the library's download into the cache."""
     class_names: str

@@ -21,6 +21,7 @@ from fgl_app.records import (
     CLASS_NAMES,
     EQUAL_WEIGHT,
     PLACE_MESSAGE,
+    num_unreadable_of,
     place_of,
     reply_order,
     serialized_bytes,
@@ -132,6 +133,8 @@ class CheckedRounds(Strategy):
         """Clients that were asked to train in a round, and of how many they were drawn, by round."""
         self.refusals: dict[int, Refusals] = {}
         """What clients sent in a round and was not used, by round."""
+        self.unreadable_images: dict[int, dict[str, int]] = {}
+        """Files that clients who trained in a round could not read, by round and client."""
         self._dtypes: dict[str, str] = {}
 
     def configure_train(
@@ -191,6 +194,10 @@ class CheckedRounds(Strategy):
             lambda reply: update_fault(reply, sent, self._max_update_norm, norm_bit=norm_bit, must_move=private),
         )
         self.model_bytes[number] = [serialized_bytes(reply) for reply in ordered]
+        name_of = self.refusals[number].name_of
+        self.unreadable_images[number] = {
+            str(name_of(reply.metadata.src_node_id)): count for reply in ordered if (count := num_unreadable_of(reply))
+        }
         contents = [reply.content for reply in ordered]
         for content in contents:
             arrays = content.array_records[ARRAYS]  # Flower's clipping goes by places, not by names

@@ -178,7 +178,7 @@ def main() -> None:
     shares = {corpora.CLOTHES: 0.6, corpora.HANDWRITTEN: 0.3, corpora.PRINTED: 0.1}
     state_file, first = args.output / "state.pt", 0
     if state_file.exists():  # of a training that was interrupted
-        state = torch.load(state_file, weights_only=False)
+        state = torch.load(state_file, weights_only=True)
         for name, holder in (
             ("trained", trained), ("average", average), ("optimizer", optimizer), ("schedule", schedule)
         ):  # fmt: skip

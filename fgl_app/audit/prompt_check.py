@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -47,25 +48,39 @@ def check_captions(file: Path) -> Check:
     """Read one client's own captions or prompts, at its side.
 
     Args:
-        file: A client's file of captions (JSON lines ``[image, caption]``), a ``prompts.jsonl``, or one text a line.
+        file: A client's file of captions (JSON lines ``[image, caption]``), a preview of ``require-approval``, which
+            has classes and counts, a ``prompts.jsonl``, or one text a line.
 
     Raises:
         RunFolderError: If it cannot be read.
         ConfigError: If the extra ``audit`` is not installed.
     """
-    prompts = read_captions(file)
-    audited = audit_prompts(prompts, load_lexicon())
-    return _described(audited, (), "This client's file")
+    prompts, class_names = read_captions(file)
+    audited = audit_prompts(prompts, load_lexicon(), public_words(class_names))
+    check = _described(audited, class_names, "This client's file")
+    if not class_names:
+        return check
+    held = ", ".join(f"{class_names[label]} ({count:,})" for label, count in audited.images_per_class.items())
+    return Check([*check.findings, f"It names the classes that this client holds, and counts: {held}."], check.content)
 
 
-def read_captions(file: Path) -> list[PromptCount]:
-    """Read a client's captions or prompts; see :func:`check_captions`. Captions have the label 0."""
+def read_captions(file: Path) -> tuple[list[PromptCount], tuple[str, ...]]:
+    """Read a client's captions or prompts; see :func:`check_captions`.
+
+    Returns:
+        Prompts, those of captions with the label 0; and the names of their classes, where the file has them.
+    """
     try:
-        lines = [line for line in file.expanduser().read_text("utf-8").splitlines() if line.strip()]
+        text = file.expanduser().read_text("utf-8")
+        lines = [line for line in text.split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RunFolderError(
             f"{str(file)!r} must be a text file of captions or prompts, but cannot be read ({type(error).__name__})."
         ) from None
+    with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+        rows = [(str(row[0]), int(row[1]), str(row[2]), str(row[3])) for row in json.loads(text)["prompts"]]
+        names = sorted({row[0] for row in rows})
+        return [PromptCount(names.index(name), text, count, domain) for name, count, text, domain in rows], tuple(names)
     counts: Counter[tuple[int, str, str]] = Counter()
     for line in lines:
         try:
@@ -80,7 +95,7 @@ def read_captions(file: Path) -> list[PromptCount]:
             counts[0, str(value[1]), ""] += 1
         else:
             counts[0, line, ""] += 1
-    return [PromptCount(label, prompt, count, domain) for (label, prompt, domain), count in sorted(counts.items())]
+    return [PromptCount(label, prompt, count, domain) for (label, prompt, domain), count in sorted(counts.items())], ()
 
 
 def _check_embeddings(material: Material, public: frozenset[str]) -> Check:

@@ -160,9 +160,9 @@ def _column(table: Any, column: str, *, named: bool) -> list[int | str]:
 
 
 def _open_folder(card: Card, split: Any, folder: Path | None) -> Part:
-    if folder is None:
+    if folder is None and not card.locator:
         raise DataError(f"`data-dir` must be the folder of {card.title}, but is empty.")
-    root = folder / split
+    root = (folder or Path(card.locator)) / split
     domains: Sequence[str] = card.domains or ("",)
     rows: list[tuple[Path, int | str, int]] = []
     for number, domain in enumerate(domains):

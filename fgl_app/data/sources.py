@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from sklearn.model_selection import train_test_split
 
-from fgl_app.cards import Card
+from fgl_app.cards import Card, load_card
 from fgl_app.data.division import divide
 from fgl_app.data.folder import class_folders, load_folder, split_folder
 from fgl_app.data.images import HeldOut, ImageSet, to_pixels
@@ -48,8 +49,8 @@ def load_client_data(
     Args:
         card: The data set.
         settings: The run's data settings.
-        node_config: The SuperNode's configuration: ``partition-id`` and ``num-partitions`` for partitioned data,
-            ``data-path`` for a folder of images per class.
+        node_config: The SuperNode's configuration: ``partition-id`` and ``num-partitions`` for partitioned data. For a
+            node's own: ``data-path``, a folder of images per class, or ``card``, and ``data-path`` where its data lie.
         seed: The run's seed, from which all clients derive the same partition.
         class_names: For folders: the run's label space; None for the client's own classes.
 
@@ -60,12 +61,19 @@ def load_client_data(
     if not isinstance(partition_id, int):
         raise DataError(f"`partition-id` in the node-config must be a whole number, but is {partition_id!r}.")
     if settings.dataset == "folder":
-        path = node_config.get("data-path")
-        if not isinstance(path, str):
-            raise DataError("The node-config must hold `data-path`, e.g. --node-config 'data-path=\"/data/site0\"'.")
-        folder = Path(path).expanduser()
-        names = tuple(class_names or card.class_names() or class_folders(folder))
-        images, unreadable = load_folder(folder, names, settings.image_size)
+        named = class_names or card.class_names()
+        if "card" in node_config:
+            images, names = _load_own_card(node_config, named, settings)
+            unreadable: list[Path] = []
+        else:
+            path = node_config.get("data-path")
+            if not isinstance(path, str):
+                raise DataError(
+                    "The node-config must hold `data-path` or `card`, e.g. --node-config 'data-path=\"/data/site0\"'."
+                )
+            folder = Path(path).expanduser()
+            names = tuple(named or class_folders(folder))
+            images, unreadable = load_folder(folder, names, settings.image_size)
         train, held_out = split_folder(images)
         return ClientData(train, lambda: held_out, partition_id, names, len(unreadable))
     num_partitions = node_config.get("num-partitions")
@@ -76,6 +84,28 @@ def load_client_data(
         )
     train = _partition(card, settings, num_partitions, partition_id, seed)
     return ClientData(train, functools.partial(load_held_out, card, settings), partition_id, card.class_names())
+
+
+def _load_own_card(
+    node_config: Mapping[str, RunConfigValue], class_names: Sequence[str], settings: DataSettings
+) -> tuple[ImageSet, tuple[str, ...]]:
+    """Load the training part of a node's own card, whose classes are found in the run's by their names.
+
+    Returns:
+        The images, and the run's classes, or the card's where the run has none yet.
+    """
+    card = load_card(str(node_config["card"]))
+    names = tuple(class_names or card.class_names())
+    absent = [name for name in card.class_names() if name not in names]
+    if absent:
+        raise DataError(
+            f"The classes of the node's card {card.name} must be among {', '.join(names)}, but {absent[0]!r} is not. "
+            "Rename it in the card or add it to `class-names`."
+        )
+    own = dataclasses.replace(settings, data_dir=str(node_config.get("data-path", "")))
+    images = _decode(card, own, "train", range(len(_open(card, "train", own.data_dir).labels)))
+    numbers = torch.tensor([names.index(name) for name in card.class_names()])
+    return ImageSet(images.images, numbers[images.labels]), names
 
 
 @functools.lru_cache(maxsize=8)  # decoding takes longer than an epoch of a small model

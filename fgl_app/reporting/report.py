@@ -253,10 +253,10 @@ def _failures(run: FinishedRun) -> list[Section]:
     exchange = run.results.get("prompt_round") or {}
     refused = [("prompts", item) for item in exchange.get("refused", [])]
     refused += [(f"round {row['round']}", item) for row in run.rounds for item in row.get("refused", [])]
-    text = [
-        f"Client {client} could not read {count:,} of its images."
-        for client, count in exchange.get("unreadable_images", {}).items()
-    ]
+    unreadable: dict[str, int] = {}
+    for found in (exchange, *run.rounds):  # a client says the same in every exchange
+        unreadable |= found.get("unreadable_images", {})
+    text = [f"Client {client} could not read {count:,} of its images." for client, count in unreadable.items()]
     for kind, sentence in (
         ("late", "came late with their prompts, which were merged"),
         ("missed", "did not send prompts in time"),

@@ -9,12 +9,14 @@ import pytest
 from scipy.stats import t as student
 from typer.testing import CliRunner
 
+from clients.approval import wait_for_approval
 from fgl_app.audit.tables import comparison
 from fgl_app.checks import check_settings
 from fgl_app.cli import cli
 from fgl_app.config import parse_run_config
-from fgl_app.errors import ConfigError, RunFolderError
+from fgl_app.errors import ApprovalError, ConfigError, RunFolderError
 from fgl_app.privacy.membership import SIGNS
+from fgl_app.prompts import PromptCount
 from fgl_app.reporting.report import write_report
 from fgl_app.server_app import run
 
@@ -193,6 +195,20 @@ def test_a_client_reads_its_own_captions(tmp_path):
     assert "Kowalski" not in done.output
     with pytest.raises(RunFolderError, match="must be a text file of captions"):
         raise CliRunner().invoke(cli, ["audit-captions", str(tmp_path / "gone"), str(tmp_path)]).exception
+
+
+def test_a_preview_says_which_classes_a_client_gives_away(tmp_path):
+    rows = [PromptCount(0, f"cat, {LEAK}", 2), PromptCount(1, "dog, a dog", 5)]
+    with pytest.raises(ApprovalError):
+        wait_for_approval(rows, ("cat", "dog"), "ours", "terms", tmp_path, 0.0)
+    (preview,) = tmp_path.glob("*.json")
+
+    done = CliRunner().invoke(cli, ["audit-captions", str(preview), str(tmp_path / "found")])
+
+    content = json.loads((tmp_path / "found" / "audit.json").read_text())["prompts"]
+    assert "the classes that this client holds, and counts: cat (2), dog (5)" in done.output
+    assert content["images_per_class"] == {"0": 2, "1": 5}
+    assert content["prompts_with"]["e-mail address"] == 1
 
 
 def test_plain_lines_and_prompts_are_captions_too(tmp_path):

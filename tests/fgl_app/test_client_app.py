@@ -7,6 +7,7 @@ from PIL import Image
 
 from fgl_app.cards import load_card
 from fgl_app.client_app import app
+from fgl_app.config import parse_run_config
 from fgl_app.models import to_arrays
 from fgl_app.phases import initial_arrays
 from fgl_app.records import decode_prompts, num_unreadable_of, payload_of
@@ -37,8 +38,9 @@ def test_training_returns_new_weights_and_the_number_of_images(run_config, setti
     assert first.content["arrays"][name].data == second.content["arrays"][name].data
 
 
+@pytest.mark.parametrize("message_type", ["query.prompts", "train"])
 @pytest.mark.parametrize(("prompt_counts", "told"), [("exact", 2), ("withheld", 0)])
-def test_hidden_counts_hide_the_number_of_unreadable_images(run_config, tmp_path, prompt_counts, told):
+def test_unreadable_images_are_told_unless_counts_are_hidden(run_config, tmp_path, message_type, prompt_counts, told):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for number in range(6):
@@ -46,7 +48,9 @@ def test_hidden_counts_hide_the_number_of_unreadable_images(run_config, tmp_path
         (tmp_path / name / "0.png").write_bytes(b"no image")
     hidden = {"dataset": "folder", "class-names": "cat,dog", "prompt-counts": prompt_counts, "weighting": "uniform"}
 
-    reply = ask(run_config | hidden, "query.prompts", {"data-path": str(tmp_path)})
+    sent = initial_arrays(parse_run_config(run_config | hidden), ("cat", "dog"))
+    content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
+    reply = ask(run_config | hidden, message_type, {"data-path": str(tmp_path)}, content)
 
     assert num_unreadable_of(reply) == told
 

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, PngImagePlugin
 
 from fgl_app.cards import load_card
@@ -16,7 +17,7 @@ from fgl_app.data.images import to_pixels
 from fgl_app.data.partition import partition_indices
 from fgl_app.data.readers import open_part
 from fgl_app.data.sources import load_client_data, load_split
-from fgl_app.errors import DataError
+from fgl_app.errors import ConfigError, DataError
 
 
 def write_images(folder, counts):
@@ -181,6 +182,44 @@ def test_a_folder_of_images_per_class_is_read_at_the_image_size(tmp_path, run_co
     assert torch.bincount(data.train.labels, minlength=3).tolist() == [0, 7, 14]
     assert torch.bincount(data.held_out().test.labels, minlength=3).tolist() == [0, 2, 4]
     assert torch.bincount(data.held_out().validation.labels, minlength=3).tolist() == [0, 1, 2]
+
+
+def test_a_folder_of_images_per_class_is_a_data_set_without_a_card(tmp_path, run_config):
+    write_images(tmp_path / "pets", {"cat": 20, "dog": 20})
+    settings = parse_run_config(
+        run_config | {"dataset": str(tmp_path / "pets"), "partition": "pathological", "classes-per-client": 1}
+    )
+
+    clients = [client_data(settings, {"partition-id": number, "num-partitions": 2}) for number in range(2)]
+
+    assert settings.card.class_names() == ("cat", "dog")
+    assert sorted(set(client.train.labels.tolist()).pop() for client in clients) == [0, 1]
+    assert [len(client.train) for client in clients] == [14, 14]  # 10 % are for validation, 20 % for the test
+    assert len(load_split(settings.card, settings.data, "test")) == 8
+    with pytest.raises(ConfigError, match="at least two, but holds 0"):
+        parse_run_config(run_config | {"dataset": str(tmp_path / "pets" / "cat")})
+
+
+def test_a_node_may_hold_its_images_by_a_card_of_its_own(tmp_path, run_config):
+    write_images(tmp_path / "files" / "all", {"Felis": 10, "Canis": 20})
+    card = {
+        "title": "Pets of one site", "licence": "own", "source": {"kind": "folder"}, "splits": {"train": "all"},
+        "validation": 0.1, "test": 0.2, "native-size": 20,
+        "classes": [{"name": "dog", "id": "Canis"}, {"name": "cat", "id": "Felis"}],
+        "prompts": {"class": ["a photo of {a class}"], "instance": "{class}, {caption}"},
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(card))
+    settings = parse_run_config(run_config | {"dataset": "folder", "class-names": "bird, cat, dog"})
+    node = {"card": str(tmp_path / "own.yaml"), "data-path": str(tmp_path / "files"), "partition-id": 3}
+
+    data = client_data(settings, node)
+
+    assert (data.partition_id, data.class_names) == (3, ("bird", "cat", "dog"))
+    assert data.train.images.shape == (21, 3, 8, 8)
+    assert torch.bincount(data.train.labels, minlength=3).tolist() == [0, 7, 14]
+    assert client_data(settings, node, ["cat", "dog"]).train.labels.max() == 1
+    with pytest.raises(DataError, match="must be among cat, bird, but 'dog' is not"):
+        client_data(settings, node, ["cat", "bird"])
 
 
 def test_one_class_is_one_whichever_way_its_accents_are_written(tmp_path):

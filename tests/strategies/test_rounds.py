@@ -140,6 +140,20 @@ def test_a_client_does_not_choose_its_weight_in_the_unweighted_mean(make_grid):
     assert arrays["weight"].numpy().tolist() == [2.0]
 
 
+def test_what_clients_cannot_read_is_noted_beside_the_round(make_grid):
+    inner = build_inner("FedAvg", "", num_selected=3, weighting="examples", evaluate_on_clients=False)
+    strategy = CheckedRounds(inner, num_clients=3)
+    questions = list(strategy.configure_train(1, record([0.0]), ConfigRecord(), make_grid(num_clients=3)))
+    replies = []
+    for place, (question, told) in enumerate(zip(questions, (0, 4, -1), strict=True)):
+        content = {"arrays": record([1.0]), "metrics": training_metrics(10, 0.5), "client": client_record(place, told)}
+        replies.append(Message(RecordDict(content), reply_to=question))
+
+    strategy.aggregate_train(1, replies)
+
+    assert strategy.unreadable_images == {1: {"1": 4}}
+
+
 class Rows:
     """A ledger that keeps what it is told."""
 
