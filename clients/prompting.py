@@ -9,7 +9,7 @@ import torch
 from clients.defences import CaptionFilter
 from fgl_app.cards import PromptForm
 from fgl_app.data.images import ImageSet
-from fgl_app.prompts import PromptCount, class_prompts, instance_prompts, printable
+from fgl_app.prompts import PromptCount, class_prompts, instance_prompts, printable, visible
 
 Captioner = Callable[[torch.Tensor], list[str]]
 """From uint8 images ``[N, 3, S, S]`` to N captions."""
@@ -37,7 +37,9 @@ def write_prompts(
         defend: Takes out of a caption what must not leave the client.
     """
     # What hides from a defence in odd characters must not appear behind it, when the prompt is made printable.
-    captions = [defend(printable(caption)) for caption in captioner(data.images)] if captioner is not None else None
+    captions = (
+        [defend(visible(printable(caption))) for caption in captioner(data.images)] if captioner is not None else None
+    )
     prompts: list[PromptCount] = []
     present = sorted(set(data.domains.tolist())) if data.domains is not None else [None]
     for domain in present:

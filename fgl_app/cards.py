@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,7 @@ def _card_of(folder: Path) -> Card:
         raise ConfigError(
             f"`dataset` {str(folder)!r} must hold one folder of images per class, at least two, but holds {len(names)}."
         )
-    classes = tuple(CardClass(name, name, name) for name in names)
+    classes = tuple(CardClass(plain := unicodedata.normalize("NFKC", name), plain, name) for name in names)
     return dataclasses.replace(
         folder_card(()), name=folder.name, title=f"The folder {folder.name}", locator=str(folder), classes=classes
     )
@@ -272,7 +273,7 @@ class _Reader:
         classes = []
         for index, item in enumerate(value):
             entry = {"name": item} if isinstance(item, str) else dict(self._mapping(f"`classes[{index}]`", item))
-            name = self._text(f"`classes[{index}].name`", entry.get("name"))
+            name = unicodedata.normalize("NFKC", self._text(f"`classes[{index}].name`", entry.get("name")))
             prompt = self._text(f"`classes[{index}].prompt`", entry.get("prompt", name))
             source_id = entry.get("id", name if self._content["source"].get("kind") == "folder" else index)
             if not name or not prompt or set(entry) - {"name", "prompt", "id"}:

@@ -187,8 +187,9 @@ def _check_approved(settings: Settings, context: Context) -> None:
 
 
 def _terms(settings: Settings) -> str:
-    """Hash what an owner approves beside the prompts: all settings but those with which a run may go on."""
-    return sha256(canonical_json({key: value for key, value in settings.flat().items() if key not in FREE_KEYS}))
+    """Hash what an owner approves beside the prompts: all settings but those of where and how fast a run computes."""
+    kept = FREE_KEYS - {"num-server-rounds"}  # in a run of more rounds more leaves the node
+    return sha256(canonical_json({key: value for key, value in settings.flat().items() if key not in kept}))
 
 
 def _told(num_images: int, settings: Settings) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from fgl_app.config import default_run_config
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.experiments import (
     Experiment,
@@ -364,7 +365,7 @@ def _results(folder: Path, run: Run) -> dict[str, Any] | None:
     try:
         results: dict[str, Any] = json.loads((place / "results.json").read_text("utf-8"))
         written = json.loads((place / "config.json").read_text("utf-8"))
-        earlier, resolved = written["run_config"], written["resolved"]
+        earlier, resolved = default_run_config() | written["run_config"], written["resolved"]
     except (OSError, ValueError, KeyError):
         return None
     free = {"output-dir", "store-dir", "data-dir"}

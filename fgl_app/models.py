@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 
 import torch
@@ -123,11 +124,32 @@ def build_model(name: str, num_classes: int, image_size: int, seed: int, *, imag
     return model
 
 
+def imagenet_weights(name: str) -> dict[str, torch.Tensor]:
+    """Return torchvision's default ImageNet weights of a classifier, from torch's cache or downloaded.
+
+    They are not unpickled, as ``get_model(name, weights=...)`` would do with whatever the cached file holds.
+
+    Raises:
+        OSError: If they cannot be downloaded.
+        ValueError: If the file holds anything but tensors, or is not torchvision's.
+    """
+    try:
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        state: dict[str, torch.Tensor] = weights.get_state_dict(check_hash=True, weights_only=True)
+    except (OSError, ValueError, AttributeError):
+        raise
+    except Exception as error:  # a wrong hash, or what PyTorch raises at a file of anything but tensors
+        raise ValueError(str(error)) from None
+    # DenseNet's files are older than the names of its layers.
+    return {_OF_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+_OF_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+
+
 def _load_imagenet(name: str, model: nn.Module) -> None:
     try:
-        pretrained = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(
-            check_hash=True, weights_only=True
-        )
+        pretrained = imagenet_weights(name)
     except (OSError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"`initial-weights` imagenet must be downloaded by torchvision for {name}, but cannot be "

@@ -238,6 +238,9 @@ def serialized_bytes(message: Message) -> int:
     """Size of a message with content, metadata included, as Flower's protocol buffers serialize it.
 
     Arrays are counted where they lie: to serialize a model for its size takes longer than to aggregate it.
+
+    Raises:
+        ValueError: If what a client says of its records cannot be serialized; Flower reads it from its JSON unchecked.
     """
     records = 0
     for key, record in message.content.items():

@@ -66,9 +66,10 @@ def stores_of(folder: Path) -> list[UnitStore]:
 
 def verify(store: UnitStore) -> Iterator[Finding]:
     """Read every file of a store and yield those that are not a sound unit's."""
+    paths = sorted(store.units_folder.iterdir())  # before the index: what a worker commits meanwhile is not looked at
     index = store.index()
     sound = {unit_id for unit_id in index.units if store.is_sound(unit_id, index.manifests[unit_id])}
-    for path in sorted(store.units_folder.iterdir()):
+    for path in paths:
         unit_id, _, extension = path.name.partition(".")
         if unit_id in sound and extension in ("json", "safetensors"):
             continue

@@ -100,7 +100,7 @@ def train(
         torch.random.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         _place(model, device).train()
         network: Callable[..., torch.Tensor] = (
-            torch.compile(model, dynamic=False) if compiled and can_compile("training") else model
+            torch.compile(model, dynamic=False) if compiled and can_compile("training", device.type) else model
         )
         optimizer = torch.optim.SGD(
             model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=weight_decay, fused=device.type == "cuda"

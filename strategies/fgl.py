@@ -177,7 +177,7 @@ class FGL(CheckedRounds):
             self._on_prompts(found, exchange)
             self.class_names = found.class_names
             images = self._synthesize(found, exchange.listen)
-            exchange.listen()
+            exchange.listen(ask=False)
         self._on_prompts(found, exchange)  # now it is known who missed it
         self._places |= exchange.refusals.places
         return images

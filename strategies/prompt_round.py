@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
 from typing import Any
@@ -36,6 +37,7 @@ from fgl_app.records import (
 from strategies.refusals import Refusals, error_sentence, went_astray
 
 _POLL_S = 0.5
+_MOST_TIMES_ASKED = 4
 _TTL_MARGIN_S = 3600.0
 """A question outlives the deadline by so much, so that a late client can still answer while images are drawn."""
 
@@ -83,6 +85,7 @@ class PromptRound:
         self._deadline_s = deadline_s
         self._asked: set[int] = set()
         self._lost: set[int] = set()
+        self._times_asked: Counter[int] = Counter()
         self._open: dict[str, int] = {}
         self._uploads: dict[int, list[NamedPrompt]] = {}
         self._embeddings: dict[str, torch.Tensor] = {}
@@ -95,10 +98,12 @@ class PromptRound:
         """Size of the packed prompts and embeddings in each of them."""
 
     def ask(self, nodes: Iterable[int]) -> None:
-        """Ask the nodes that were not asked before, and again those whose question or answer went astray."""
-        for node in sorted(set(nodes) - (self._asked - self._lost)):
+        """Ask the nodes that were not asked before, and again, a few times, where question or answer went astray."""
+        again = {node for node in self._lost if self._times_asked[node] < _MOST_TIMES_ASKED}
+        for node in sorted(set(nodes) - (self._asked - again)):
             self._asked.add(node)
             self._lost.discard(node)
+            self._times_asked[node] += 1
             question = Message(
                 content=RecordDict({CONFIG: ConfigRecord({"server-round": 1})}),
                 message_type=PROMPTS_MESSAGE,
@@ -120,10 +125,11 @@ class PromptRound:
         if self._open:
             log(WARNING, "prompt round: %s clients did not reply in time", len(self._open))
 
-    def listen(self) -> None:
-        """Ask clients that connected meanwhile, or are back, and take in late replies."""
+    def listen(self, *, ask: bool = True) -> None:
+        """Ask clients that connected meanwhile, or are back, unless it is too late, and take in late replies."""
         before = set(self._uploads)
-        self.ask(self._grid.get_node_ids())
+        if ask:
+            self.ask(self._grid.get_node_ids())
         self._take_in()
         late = set(self._uploads) - before
         self._late |= late
@@ -209,6 +215,11 @@ class PromptRound:
         embeddings: dict[str, torch.Tensor] = {}
         num_bytes = 0
         try:
+            message_bytes = serialized_bytes(reply)
+        except Exception:  # of numbers and texts that Flower's messages cannot hold, but its JSON can
+            self._refuse(node, "Refused: records that are none of Flower's.")
+            return
+        try:
             payload = payload_of(reply)
             rows = decode_prompts(payload)
             if self._embedding_shape is not None:
@@ -233,7 +244,7 @@ class PromptRound:
             self._unreadable[node] = unreadable
         self._uploads[node] = kept
         self._embeddings |= embeddings
-        self.message_bytes.append(serialized_bytes(reply))
+        self.message_bytes.append(message_bytes)
         self.payload_bytes.append(len(payload) + num_bytes)
 
     def _refuse(self, node: int, reason: str, count: int = 1) -> None:

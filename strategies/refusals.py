@@ -11,13 +11,19 @@ from fgl_app.errors import ApprovalError, ConfigError, DataError, FGLError, Mode
 
 _ASTRAY = {  # Flower's own; see flwr.common.constant.ErrorCode
     3: "No reply came before the message expired.",
+    4: "Its reply came too late.",
     5: "The SuperNode went away.",
-    8: "The client's process ended.",
 }
-_SENTENCES = _ASTRAY | {
-    error.client_code: error.client_sentence
-    for error in (FGLError, ConfigError, DataError, ModelError, PromptError, ApprovalError)
-}
+_SENTENCES = (
+    _ASTRAY
+    | {
+        8: "The client's process ended.",
+    }
+    | {
+        error.client_code: error.client_sentence
+        for error in (FGLError, ConfigError, DataError, ModelError, PromptError, ApprovalError)
+    }
+)
 
 
 def error_sentence(reply: Message) -> str:

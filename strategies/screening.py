@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from fgl_app.records import ARRAYS, METRICS, NORM_BIT, NUM_EXAMPLES, evaluation_metrics, training_metrics
+from fgl_app.records import (
+    ARRAYS,
+    METRICS,
+    NORM_BIT,
+    NUM_EXAMPLES,
+    evaluation_metrics,
+    serialized_bytes,
+    training_metrics,
+)
 from fgl_app.training import Evaluation
 from strategies.updates import values_of
 
@@ -48,6 +56,10 @@ def update_fault(
     fault = _metrics_fault(reply.content, expected_metrics)
     if fault is not None:
         return fault
+    try:
+        serialized_bytes(reply)
+    except Exception:  # of numbers and texts that Flower's messages cannot hold, but its JSON can
+        return "records that are none of Flower's"
     arrays = reply.content.get(ARRAYS)
     if not isinstance(arrays, ArrayRecord) or len(reply.content.array_records) != 1 or set(arrays) != set(sent):
         return "arrays that are not the model's"

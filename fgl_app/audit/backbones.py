@@ -16,6 +16,7 @@ from torch import nn
 from fgl_app.data.images import ImageSet, resize
 from fgl_app.errors import ConfigError, ModelError
 from fgl_app.foundation_models import locate
+from fgl_app.models import imagenet_weights
 from fgl_app.training import normalize
 
 PIXELS_PX = 32
@@ -73,8 +74,7 @@ def open_backbone(
 def _of_torchvision(name: str, device: torch.device) -> Backbone:
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT
-        # Not by `weights=weights`, which would unpickle whatever the cached file holds.
-        state = weights.get_state_dict(check_hash=True, weights_only=True)
+        state = imagenet_weights(name)
         options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         model = torchvision.models.get_model(name, weights=None, **options).eval().to(device)
         model.load_state_dict(state)

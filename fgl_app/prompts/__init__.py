@@ -17,6 +17,7 @@ from fgl_app.prompts.writing import (
     instance_prompts,
     is_printable,
     printable,
+    visible,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "require_senders",
     "screen_prompts",
     "spread_budget",
+    "visible",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fgl_app.errors import ConfigError
-from fgl_app.prompts.writing import JOINERS, is_printable
+from fgl_app.prompts.writing import is_printable, visible
 
 MAX_NAME_CHARS = 100
 """Longest name of a class or a domain, characters."""
@@ -83,7 +83,7 @@ def screen_prompts(
             reason = "characters that control the output or change its direction"
         elif not unicodedata.is_normalized("NFKC", text := f"{found.class_name}\n{found.prompt}"):
             reason = "text that is not in Unicode's normal form NFKC"
-        elif blocked is not None and blocked.search(_as_read(found.prompt if class_names else text)):
+        elif blocked is not None and blocked.search(visible(found.prompt if class_names else text)):
             reason = "a blocked word"
         elif embeddings is not None and found.prompt not in embeddings:
             reason = "a prompt without its embedding"
@@ -131,11 +131,6 @@ def _read_row(row: object) -> NamedPrompt | None:
     if not 1 <= len(name) <= MAX_NAME_CHARS or len(domain) > MAX_NAME_CHARS:
         return None
     return NamedPrompt(name, prompt, count, domain)
-
-
-def _as_read(text: str) -> str:
-    """Leave out what nobody sees, so that it cannot part a blocked word."""
-    return "".join(character for character in text if character not in JOINERS)
 
 
 def _pattern(words: Sequence[str]) -> re.Pattern[str] | None:

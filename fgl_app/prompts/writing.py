@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,11 @@ MAX_PROMPT_CHARS = 1_000
 
 JOINERS = "\u200c\u200d"
 """Invisible characters that decide how their neighbours are written."""
+_UNSEEN = re.compile(
+    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""What Unicode calls Default_Ignorable_Code_Point."""
 
 
 @dataclass(frozen=True, order=True)
@@ -88,6 +94,11 @@ def printable(text: str) -> str:
     normal = unicodedata.normalize("NFKC", text)
     kept = "".join(character for character in " ".join(normal.split()) if is_printable(character))
     return kept[:MAX_PROMPT_CHARS].strip()
+
+
+def visible(text: str) -> str:
+    """Leave out what nobody sees, such as joiners and variation selectors, which could part a word."""
+    return _UNSEEN.sub("", text)
 
 
 def is_printable(character: str) -> bool:

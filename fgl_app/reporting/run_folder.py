@@ -18,6 +18,7 @@ import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import load, save
 
+from fgl_app.config import default_run_config
 from fgl_app.errors import RunFolderError
 from fgl_app.files import checkpoint_file, read_json_lines, write_atomically, write_json, write_json_lines
 from fgl_app.prompts import MergedPrompts, PromptCount
@@ -132,6 +133,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{str(file)!r} must be a run's configuration, but is damaged. Use another `run-name`."
             ) from None
+        earlier = default_run_config() | earlier  # a key that is newer than the run had the effect of its default
         for key, value in self._settings.flat().items():
             if key not in FREE_KEYS and earlier.get(key) != value:
                 raise RunFolderError(

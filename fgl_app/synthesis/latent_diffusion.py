@@ -56,7 +56,7 @@ class LatentDiffusion:
         self._time_embedding, self._full, self._shallow = unet.time_embedding, unet.full, unet.shallow
         # Engines on other threads share the tokenizer, which cannot pad for two of them at once.
         self._encoding = threading.Lock()
-        if self._device.type == "cuda" and can_compile("synthesis"):
+        if self._device.type == "cuda" and can_compile("synthesis", "cuda"):
             self._full = torch.compile(unet.full, fullgraph=True, dynamic=False)
             self._shallow = torch.compile(unet.shallow, fullgraph=True, dynamic=False)
 

@@ -6,6 +6,8 @@ from typer.testing import CliRunner
 
 from clients.approval import approvals_folder, check_approved, decide, pending, read_preview, wait_for_approval
 from fgl_app.cli import cli
+from fgl_app.client_app import _terms
+from fgl_app.config import parse_run_config
 from fgl_app.errors import ApprovalError
 from fgl_app.prompts import PromptCount
 
@@ -69,6 +71,15 @@ def test_a_node_takes_part_only_in_runs_whose_prompts_were_approved(tmp_path):
     decide(name, tmp_path, approve=False)
     with pytest.raises(ApprovalError, match="no prompts for 'study'"):
         check_approved("study", "one round", tmp_path)
+
+
+def test_more_rounds_are_other_terms_and_another_device_is_not(run_config):
+    def terms(**changes):
+        return _terms(parse_run_config(run_config | {key.replace("_", "-"): value for key, value in changes.items()}))
+
+    assert terms(num_server_rounds=1) != terms(num_server_rounds=1000)
+    assert terms(local_epochs=1) != terms(local_epochs=2)
+    assert terms(device="cpu") == terms(device="auto")
 
 
 def test_the_owner_decides_by_a_command(tmp_path, monkeypatch):

@@ -61,6 +61,8 @@ def test_instance_prompts_are_distinct_with_counts(captioner, settings):
     "caption",
     [
         "mail jane@\u200bexample.org",
+        "mail jane@\u200dexample.org",
+        "mail ja\ufe0fne@exam\u180bple.org",
         "mail jane\uff20example\uff0eorg",
         "call 0171\u2060 555 0123 now",
         "seen by maria  gonzalez",

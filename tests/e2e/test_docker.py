@@ -202,7 +202,7 @@ def test_the_gpu_is_the_servers(demo):
 
 
 def test_the_server_can_compile_kernels_for_a_gpu(demo):
-    python = "from fgl_app.compilation import lacking_for_compilation; print(lacking_for_compilation())"
+    python = "from fgl_app.compilation import lacking_for_compilation; print(lacking_for_compilation('cuda'))"
 
     said = do(["docker", "run", "--rm", "--network", "none", "--entrypoint", "python3", "fgl-server", "-c", python])
 

@@ -12,16 +12,19 @@ def test_compilation_takes_place_only_where_a_compiler_and_the_headers_of_python
     for folder in (tools, headers):
         folder.mkdir()
     here = {"PATH": str(tools)}
-    assert "a C compiler" in (lacking_for_compilation(here, headers) or "")
+    assert "a C compiler" in (lacking_for_compilation("cuda", here, headers) or "")
 
     for name in ("gcc", "mycc"):
         (tools / name).touch(mode=0o755)
-    assert "python3-dev" in (lacking_for_compilation(here, headers) or "")
+    assert "python3-dev" in (lacking_for_compilation("cuda", here, headers) or "")
     (headers / "Python.h").touch()
 
-    assert lacking_for_compilation(here, headers) is None
-    assert lacking_for_compilation(here | {"CC": "mycc"}, headers) is None
-    assert "a C compiler" in (lacking_for_compilation(here | {"CC": "absent"}, headers) or "")  # Triton calls no other
+    assert lacking_for_compilation("cuda", here, headers) is None
+    assert lacking_for_compilation("cuda", here | {"CC": "mycc"}, headers) is None
+    absent = lacking_for_compilation("cuda", here | {"CC": "absent"}, headers)
+    assert "a C compiler" in (absent or "")  # Triton calls no other
+    assert "a C++ compiler" in (lacking_for_compilation("cpu", here, headers) or "")
+    assert lacking_for_compilation("cpu", here | {"CXX": "mycc"}, headers) is None
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def trained(compiled: bool) -> list[torch.Tensor]:
     return list(model.state_dict().values())
 
 
-@pytest.mark.skipif(lacking_for_compilation() is not None, reason="needs a C compiler and Python's headers")
+@pytest.mark.skipif(lacking_for_compilation("cpu") is not None, reason="needs a C++ compiler and Python's headers")
 def test_a_compiled_classifier_learns_the_same(fresh):
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
@@ -59,12 +62,12 @@ def test_a_compiled_classifier_learns_the_same(fresh):
 
 
 def test_without_a_compiler_a_classifier_trains_uncompiled_with_a_warning(fresh, monkeypatch, capsys):
-    monkeypatch.setenv("CC", "absent")
+    monkeypatch.setenv("CXX", "absent")
 
     weights = trained(compiled=True)
 
     assert all(torch.equal(ours, plain) for ours, plain in zip(weights, trained(compiled=False), strict=True))
     assert (
-        "training: warning: nothing is compiled, and all is slower, because this machine lacks a C compiler"
+        "training: warning: nothing is compiled, and all is slower, because this machine lacks a C++ compiler"
         in capsys.readouterr().err
     )

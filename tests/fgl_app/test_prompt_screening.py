@@ -84,6 +84,8 @@ def test_whatever_bytes_arrive_they_are_a_list_or_refused(payload):
         (["cat", 1, "the Secret Plan, again"], "blocked word"),
         (["cat", 1, "viel ÄRGER"], "blocked word"),
         (["cat", 1, "sec\u200dret plan"], "blocked word"),
+        (["cat", 1, "sec\ufe0fret plan"], "blocked word"),
+        (["cat", 1, "secret\u034f plan"], "blocked word"),
         (GOOD, "sent before"),
     ],
 )

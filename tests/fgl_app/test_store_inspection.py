@@ -4,6 +4,7 @@ from test_store import damage, ids, open_store, unit
 from typer.testing import CliRunner
 
 from fgl_app.cli import cli
+from fgl_app.store import UnitStore
 from fgl_app.store_inspection import contents, repair, stores_of, verify
 
 A, B, C = "aa" * 16, "bb" * 16, "cc" * 16
@@ -39,6 +40,20 @@ def test_what_a_worker_may_be_writing_is_named_and_left(tmp_path):
 
     assert [finding.kind for finding in findings] == ["unfinished"]
     assert repair(findings) == 0
+
+
+def test_a_unit_that_is_committed_meanwhile_is_no_finding(tmp_path, monkeypatch):
+    store = filled(tmp_path)
+    is_sound = UnitStore.is_sound
+
+    def slow(self, *arguments):
+        store.commit("dd" * 16, unit(8), {})
+        return is_sound(self, *arguments)
+
+    monkeypatch.setattr(UnitStore, "is_sound", slow)
+
+    assert list(verify(store)) == []
+    assert store.has("dd" * 16)
 
 
 def test_a_sound_store_has_no_findings(tmp_path):

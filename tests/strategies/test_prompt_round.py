@@ -69,7 +69,11 @@ def test_a_client_that_joins_while_images_are_drawn_is_asked(make_grid):
     grid = make_grid(partition="iid")
     latecomer = grid.node_configs.pop(1001)
 
-    drawn, report = fgl(grid, synthesize=lambda listen: grid.node_configs.update({1001: latecomer}))
+    def synthesize(listen):
+        grid.node_configs[1001] = latecomer
+        listen()
+
+    drawn, report = fgl(grid, synthesize=synthesize)
 
     assert drawn[1:] == [838]
     assert (report["clients_asked"], report["late"]) == (3, [1])
@@ -89,6 +93,43 @@ def test_a_client_that_was_gone_is_asked_again_when_it_is_back_and_one_that_fail
 
     assert len(grid.asked) == 4
     assert exchange.report()["late"] == [1]
+
+
+def test_a_client_that_is_always_gone_is_asked_a_few_times(make_grid):
+    grid = make_grid(partition="iid")
+    grid.gone = {1001}
+    exchange = prompt_round(grid)
+    exchange.ask(grid.get_node_ids())
+    exchange.wait()
+
+    for _ in range(9):
+        exchange.listen()
+
+    assert len(grid.asked) == 3 + 3
+    assert exchange.report()["late"] == []
+
+
+def test_a_client_whose_records_cannot_be_serialized_is_refused(make_grid):
+    class Odd:
+        """A grid whose first client sends what Flower's JSON can hold and its messages cannot."""
+
+        def pull_messages(self, names):
+            replies = list(inner.pull_messages(names))
+            for reply in replies:
+                if reply.metadata.src_node_id == 1000:
+                    reply.content["odd"] = ConfigRecord({"text": "\ud800"})
+            return replies
+
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+    inner = make_grid(partition="iid")
+    exchange = prompt_round(Odd())
+    exchange.ask(inner.get_node_ids())
+    exchange.wait()
+
+    assert exchange.num_used == 2
+    assert [row["reason"] for row in exchange.report()["refused"]] == ["Refused: records that are none of Flower's."]
 
 
 def test_a_client_that_does_not_answer_in_time_is_reported_as_missed(make_grid):
