@@ -48,6 +48,8 @@ class PromptForm:
     """Template of instance-level prompts, with ``{caption}``; what follows it is the card's suffix."""
     negative: str
     """What the generator is steered away from; may be empty."""
+    styles: tuple[str, ...] = ()
+    """What the server's prompts (GPT-FL) may end with, e.g. "at night", to be many."""
 
 
 @dataclass(frozen=True, eq=False)  # a card is loaded once and known by identity
@@ -250,9 +252,9 @@ class _Reader:
         )
 
     def _form(self, where: str, value: Mapping[str, Any], parent: PromptForm | None) -> PromptForm:
-        unknown = set(value) - {"class", "instance", "negative"}
+        unknown = set(value) - {"class", "instance", "negative", "styles"}
         if unknown:
-            raise self._error(f"`{where}.{sorted(map(str, unknown))[0]}`", "be class, instance or negative")
+            raise self._error(f"`{where}.{sorted(map(str, unknown))[0]}`", "be class, instance, negative or styles")
         templates = value.get("class", list(parent.class_templates) if parent else [])
         templates = [templates] if isinstance(templates, str) else self._list(f"`{where}.class`", templates)
         if not templates:
@@ -265,7 +267,10 @@ class _Reader:
         if "{caption}" not in self._text(f"`{where}.instance`", instance):
             raise self._error(f"`{where}.instance`", f"contain {{caption}}, but is {instance!r}")
         negative = self._text(f"`{where}.negative`", value.get("negative", parent.negative if parent else ""))
-        return PromptForm(tuple(templates), instance, negative)
+        styles = self._list(f"`{where}.styles`", value.get("styles", list(parent.styles) if parent else []))
+        return PromptForm(
+            tuple(templates), instance, negative, tuple(self._text(f"`{where}.styles`", text) for text in styles)
+        )
 
     def _classes(self, value: Any) -> tuple[CardClass, ...]:
         if not isinstance(value, list) or len(value) < 2:

@@ -19,7 +19,7 @@ from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.foundation_models import content_of, identity_of
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
 from fgl_app.prompts import MergedPrompts, spread_budget
-from fgl_app.prompts.expansion import LanguageModelWriter, expand, templates_writer
+from fgl_app.prompts.expansion import LanguageModelWriter, PromptWriter, expand, write_from_templates
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings
@@ -105,25 +105,27 @@ def _with_content(source: str, shipped: str | None = None) -> str:
 def write_server_prompts(settings: Settings) -> MergedPrompts:
     """Expand the class names into prompts without asking any client (GPT-FL, Section 3.1)."""
     chosen, card = settings.prompts, settings.card
-    model = None
+    write: PromptWriter = write_from_templates
     if chosen.prompt_writer != "templates":
-        model = LanguageModelWriter(
+        write = LanguageModelWriter(
             chosen.prompt_writer,
             revision=chosen.prompt_writer_revision,
             max_new_tokens=chosen.max_new_tokens,
             seed=settings.run.seed,
             device=pick_device(settings.run.device),
         )
-    domains = [(name, settings.prompt_form(name).class_templates) for name in card.domains] or [
-        ("", settings.prompt_form().class_templates)
-    ]
-    prompts = expand(
-        [item.prompt for item in card.classes],
-        domains,
-        lambda templates: model if model is not None else templates_writer(templates),
-        chosen.num_prompts_per_class,
-    )
+    domains = [(name, settings.prompt_form(name)) for name in card.domains] or [("", settings.prompt_form())]
+    prompts = expand([item.prompt for item in card.classes], domains, write, chosen.num_prompts_per_class)
     log(INFO, "the server wrote %s prompts for %s classes", len(prompts), len(card.classes))
+    wanted = chosen.num_prompts_per_class * len(card.classes) * len(domains)
+    if len(prompts) < wanted:
+        log(
+            WARNING,
+            "`num-prompts-per-class` asks for %s prompts, but there are no more than %s different ones: the card may "
+            "have more templates or styles, or `prompt-writer` name a language model",
+            wanted,
+            len(prompts),
+        )
     return MergedPrompts(tuple(prompts), card.class_names())
 
 

@@ -331,7 +331,7 @@ class Settings:
         """Return what anybody may know of the run's prompts: the names of its classes and domains, the templates."""
         names = list(class_names)
         forms = [self.prompt_form(domain) for domain in (None, *self.card.domains)]
-        templates = [text for form in forms for text in (*form.class_templates, form.instance_template)]
+        templates = [text for form in forms for text in (*form.class_templates, form.instance_template, *form.styles)]
         return [*names, *self.card.prompt_names(names), *self.card.domains, *templates]
 
 

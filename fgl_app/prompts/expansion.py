@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fgl_app.cards import PromptForm
 from fgl_app.errors import ModelError
 from fgl_app.foundation_models import locate
 from fgl_app.prompts.writing import PromptCount, fill, printable
@@ -16,20 +17,27 @@ from fgl_app.rng import derive_seed
 _REQUEST = 'Write one short and specific image caption that begins like "{opening}". Answer with the caption only.'
 _ATTEMPTS = 20
 
-PromptWriter = Callable[[str, str, int], list[str]]
-"""From a class name, a template and a number to as many different prompts."""
+PromptWriter = Callable[[str, PromptForm, int], list[str]]
+"""From a class name, the form of its prompts and a number to as many different prompts, or all that there are."""
 
 
-def templates_writer(templates: Sequence[str]) -> PromptWriter:
-    """Return a writer that fills the first templates of the card; there may be fewer than asked for."""
-    return lambda class_name, _, number: [fill(template, class_name) for template in templates[:number]]
+def write_from_templates(class_name: str, form: PromptForm, number: int) -> list[str]:
+    """Take the first of a card's prompts."""
+    return _openings(class_name, form)[:number]
+
+
+def _openings(class_name: str, form: PromptForm) -> list[str]:
+    """Fill the class templates, as they are and then in each style."""
+    plain = [fill(template, class_name) for template in form.class_templates]
+    return plain + [f"{text}, {style}" for style in form.styles for text in plain]
 
 
 class LanguageModelWriter:
     """A causal language model of transformers that expands a class name into many different prompts.
 
-    A model with a chat template is asked for a caption; any other continues the card's first template, e.g. "a photo of
-    a cat". Each prompt is sampled from a seed of its own; one that does not name its class gets the name in front.
+    A model with a chat template is asked for captions that begin like the card's filled templates, plain and in each
+    style; any other continues them, e.g. "a photo of a cat, at night". Each prompt is sampled from a seed of its own;
+    one that does not name its class gets the name in front.
 
     Args:
         source: Hub id, or a folder that ``save_pretrained`` wrote.
@@ -63,14 +71,14 @@ class LanguageModelWriter:
         self._seed = seed
         self._device = device
 
-    def __call__(self, class_name: str, template: str, number: int) -> list[str]:
+    def __call__(self, class_name: str, form: PromptForm, number: int) -> list[str]:
         """Write up to ``number`` different prompts of a class; fewer if the model repeats itself."""
-        opening = fill(template, class_name)
+        openings = _openings(class_name, form)
         prompts: dict[str, None] = {}
         for attempt in range(number + _ATTEMPTS):
             if len(prompts) == number:
                 break
-            text = printable(self._sample(class_name, opening, attempt))
+            text = printable(self._sample(class_name, openings[attempt % len(openings)], attempt))
             if class_name.lower() not in text.lower():
                 text = printable(f"{class_name}, {text}")
             prompts[text] = None
@@ -105,16 +113,16 @@ class LanguageModelWriter:
 
 def expand(
     class_names: Sequence[str],
-    domains: Sequence[tuple[str, Sequence[str]]],
-    writer_of: Callable[[Sequence[str]], PromptWriter],
+    domains: Sequence[tuple[str, PromptForm]],
+    write: PromptWriter,
     number: int,
 ) -> list[PromptCount]:
     """Expand every class name into prompts, for each domain.
 
     Args:
         class_names: How prompts call the K classes.
-        domains: Name (empty for none) and class templates of each domain.
-        writer_of: Gives the writer for a domain's templates.
+        domains: Name (empty for none) and prompt form of each domain.
+        write: Writes the prompts of one class in one domain.
         number: Prompts per class and domain.
 
     Returns:
@@ -122,11 +130,8 @@ def expand(
     """
     prompts: set[PromptCount] = set()
     with tqdm(total=len(domains) * len(class_names), desc="prompts", unit="class", ascii=True, mininterval=5.0) as bar:
-        for domain, templates in domains:
-            write = writer_of(templates)
+        for domain, form in domains:
             for label, name in enumerate(class_names):
-                prompts |= {
-                    PromptCount(label, text, 1, domain, clients=0) for text in write(name, templates[0], number)
-                }
+                prompts |= {PromptCount(label, text, 1, domain, clients=0) for text in write(name, form, number)}
                 bar.update()
     return sorted(prompts)

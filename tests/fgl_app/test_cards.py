@@ -124,6 +124,14 @@ def test_a_shipped_card_is_well_formed(name):
 
 
 @pytest.mark.parametrize("name", shipped_cards())
+def test_a_card_has_styles_for_the_servers_prompts_or_domains_in_their_place(name):
+    card = load_card(name)
+
+    assert len(set(card.form.styles)) == len(card.form.styles)
+    assert bool(card.domains) != (len(card.form.styles) >= 4)
+
+
+@pytest.mark.parametrize("name", shipped_cards())
 def test_a_run_takes_the_defaults_of_its_card(name):
     flat = parse_run_config(default_run_config() | {"dataset": name}).flat()
 

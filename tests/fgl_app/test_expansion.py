@@ -3,10 +3,11 @@ import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from fgl_app import tiny
+from fgl_app.cards import PromptForm
 from fgl_app.config import parse_run_config
 from fgl_app.errors import ModelError
 from fgl_app.phases import write_server_prompts
-from fgl_app.prompts.expansion import LanguageModelWriter, expand, templates_writer
+from fgl_app.prompts.expansion import LanguageModelWriter, expand, write_from_templates
 
 CPU = torch.device("cpu")
 
@@ -31,10 +32,35 @@ def writer(folder, seed=0) -> LanguageModelWriter:
     return LanguageModelWriter(str(folder), revision="", max_new_tokens=12, seed=seed, device=CPU)
 
 
+def form(template, *styles):
+    return PromptForm((template,), "{class}, {caption}", "", styles)
+
+
+def test_styles_make_few_templates_many_prompts(language_model):
+    at_night = form("a {class}", "at night", "in snow")
+
+    assert write_from_templates("cat", at_night, 2) == ["a cat", "a cat, at night"]
+    assert write_from_templates("cat", at_night, 9) == ["a cat", "a cat, at night", "a cat, in snow"]
+    written = writer(language_model)("cat", at_night, 3)
+    for number, opening in enumerate(("a cat ", "a cat, at night ", "a cat, in snow ")):
+        assert written[number].startswith(opening)
+
+
+def test_fewer_prompts_than_asked_for_are_a_warning(run_config, caplog):
+    settings = parse_run_config(run_config | {"method": "gpt-fl", "num-prompts-per-class": 1000})
+
+    with caplog.at_level("WARNING", "flwr"):
+        merged = write_server_prompts(settings)
+
+    styles, templates = settings.card.form.styles, settings.card.form.class_templates
+    assert len(merged.prompts) == 10 * len(templates) * (1 + len(styles)) > 100
+    assert "asks for 10000 prompts" in caplog.text
+
+
 def test_templates_expand_each_class_in_each_domain():
-    prompts = expand(
-        ["cat", "owl"], [("photo", ["a photo of {a class}"]), ("sketch", ["{class}, sketch"])], templates_writer, 3
-    )
+    domains = [("photo", form("a photo of {a class}")), ("sketch", form("{class}, sketch"))]
+
+    prompts = expand(["cat", "owl"], domains, write_from_templates, 3)
 
     assert [(item.label, item.prompt, item.domain) for item in prompts] == [
         (0, "a photo of a cat", "photo"),
@@ -45,7 +71,7 @@ def test_templates_expand_each_class_in_each_domain():
 
 
 def test_a_language_model_writes_many_different_prompts_that_name_the_class(language_model):
-    prompts = writer(language_model)("cat", "a photo of a {class}", 5)
+    prompts = writer(language_model)("cat", form("a photo of a {class}"), 5)
 
     assert len(set(prompts)) == 5
     assert all(text.startswith("a photo of a cat") for text in prompts)
@@ -54,10 +80,10 @@ def test_a_language_model_writes_many_different_prompts_that_name_the_class(lang
 def test_the_same_seed_writes_the_same_prompts_and_leaves_the_global_generator_alone(language_model):
     state = torch.random.get_rng_state()
 
-    first, second = (writer(language_model)("cat", "a {class}", 3) for _ in range(2))
+    first, second = (writer(language_model)("cat", form("a {class}"), 3) for _ in range(2))
 
     assert first == second
-    assert first != writer(language_model, seed=1)("cat", "a {class}", 3)
+    assert first != writer(language_model, seed=1)("cat", form("a {class}"), 3)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -67,7 +93,7 @@ def test_a_chat_model_is_asked_and_its_answer_gets_the_class_in_front(language_m
     OPTForCausalLM.from_pretrained(language_model).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
 
-    prompts = writer(tmp_path)("cat", "a {class}", 2)
+    prompts = writer(tmp_path)("cat", form("a {class}"), 2)
 
     assert all(text.lower().startswith("cat") or "cat" in text.lower() for text in prompts)
     assert not any("Answer with the caption only" in text for text in prompts)
