@@ -219,7 +219,8 @@ def draw_synthetic_set(
                 WARNING,
                 "synthesis: the filter rejected %.0f %% of class %s%s: the generator may not know it",
                 100 * rate,
-                plan.class_names[int(label)],
+                # Names that clients brought are their text, and not logged.
+                plan.class_names[int(label)] if settings.card.classes else f"number {label}",
                 f" in domain {domain}" if domain else "",
             )
     return images, report

@@ -67,11 +67,11 @@ class LabelJudge:
             self._processor = self._processor.image_processor
         else:
             known = {_plain(name): int(index) for index, name in self._model.config.id2label.items()}
-            unknown = [name for name in class_names if _plain(name) not in known]
-            if unknown:
+            unknown = [number for number, name in enumerate(class_names) if _plain(name) not in known]
+            if unknown:  # its number, because a name may be a client's text
                 raise ModelError(
-                    f"`filter` must know every class, but {source!r} does not know {unknown[0]!r}. Use a classifier of "
-                    "these classes or a zero-shot model."
+                    f"`filter` must know every class, but {source!r} does not know number {unknown[0]}, counted from "
+                    "0. Use a classifier of these classes or a zero-shot model."
                 )
             self._columns = [known[_plain(name)] for name in class_names]
 

@@ -55,6 +55,23 @@ def test_unreadable_images_are_told_unless_counts_are_hidden(run_config, tmp_pat
     assert num_unreadable_of(reply) == told
 
 
+def test_a_site_of_one_class_takes_part(run_config, tmp_path):
+    (tmp_path / "cat").mkdir()
+    for number in range(6):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(tmp_path / "cat" / f"{number}.png")
+    settings = run_config | {"dataset": "folder", "class-names": "cat,dog"}
+    sent = initial_arrays(parse_run_config(settings), ("cat", "dog"))
+    content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
+
+    prompts, trained, evaluated = (
+        ask(settings, kind, {"data-path": str(tmp_path)}, content) for kind in ("query.prompts", "train", "evaluate")
+    )
+
+    assert [row[0] for row in decode_prompts(payload_of(prompts))] == ["cat"]
+    assert trained.content["metrics"]["num-examples"] == 4
+    assert evaluated.content["metrics"]["accuracy"] in (0.0, 1.0)
+
+
 def test_a_failure_reaches_the_server_as_a_code_without_private_names(run_config, tmp_path, caplog):
     settings = run_config | {"dataset": "folder", "class-names": "cat,dog"}
     with caplog.at_level(logging.ERROR, "flwr"):

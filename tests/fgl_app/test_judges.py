@@ -150,7 +150,7 @@ def test_the_safety_checker_of_a_generator_rejects_what_it_flags(tmp_path, thres
 
 
 def test_judges_that_do_not_fit_are_refused(classifier, tmp_path):
-    with pytest.raises(ModelError, match="does not know 'two'"):
+    with pytest.raises(ModelError, match="does not know number 1, counted from 0"):
         LabelJudge(classifier, "", ["zero", "two"], CPU)
     with pytest.raises(ModelError, match="`filter` must be an image classifier"):
         LabelJudge(str(tmp_path), "", ["zero"], CPU)

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -8,7 +11,7 @@ from torchvision import transforms
 
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError, ModelError
-from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
+from fgl_app.models import build_model, from_arrays, imagenet_weights, load_checkpoint, to_arrays
 from fgl_app.training import augment, evaluate, normalize, prefetched, taken_on_device, train
 
 CPU = torch.device("cpu")
@@ -192,6 +195,23 @@ def test_imagenet_weights_are_loaded_where_they_fit(tmp_path, monkeypatch):
     assert torch.equal(model.layer1[0].conv1.weight, pretrained["layer1.0.conv1.weight"])
     assert model.fc.weight.shape == (7, 512)  # stays random, like the small stem
     assert torch.equal(model.conv1.weight, build_model("resnet18", 7, 16, seed=0).conv1.weight)
+
+
+def test_densenets_weights_have_the_old_names_of_its_layers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / torchvision.models.DenseNet121_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    file.parent.mkdir(parents=True)
+    pretrained = torchvision.models.densenet121().state_dict()
+    torch.save(
+        {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): pretrained[key] for key in pretrained}, file
+    )
+
+    found = imagenet_weights("densenet121")
+
+    assert found.keys() == pretrained.keys()
+    torch.save(Path("executed"), file)  # a pickle of something else than tensors
+    with pytest.raises(ConfigError, match="`initial-weights`"):
+        build_model("densenet121", 7, 32, seed=0, imagenet=True)
 
 
 def test_imagenet_weights_that_cannot_be_had_are_refused(tmp_path, monkeypatch):

@@ -102,6 +102,17 @@ def test_a_plan_draws_on_the_device_that_is_named_for_it(run_config, tmp_path):
             work(elsewhere, tmp_path)
 
 
+def test_what_the_card_says_of_prompts_is_overridden(run_config, tmp_path):
+    own = {"class-prompt": "one {class}", "instance-prompt": "{class}: {caption}", "negative-prompt": "grey"}
+    settings = parse_run_config(run_config | own)
+    prompts = MergedPrompts((PromptCount(0, "one zero", 1),), ("zero", "one"))
+
+    form = settings.prompt_form()
+
+    assert (form.class_templates, form.instance_template) == (("one {class}",), "{class}: {caption}")
+    assert draw_plan(settings, prompts, tmp_path / "none").negatives == {"": "grey"}
+
+
 def test_images_are_spread_over_prompts_as_the_settings_say(run_config, tmp_path):
     prompts = MergedPrompts((PromptCount(0, "zero", 9), PromptCount(0, "a zero", 1)), ("zero", "one"))
 
