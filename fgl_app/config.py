@@ -214,7 +214,7 @@ def _check_ranges(settings: Settings) -> None:
             raise ConfigError(f"`{key}` must be auto, cpu, cuda or cuda:N, but is {flat[key]!r}.")
     for key, marks in (("class-prompt", ("{class}",)), ("instance-prompt", ("{class}", "{caption}"))):
         for mark in marks:
-            if flat[key] != "card" and mark not in str(flat[key]):
+            if flat[key] != "card" and mark not in str(flat[key]).replace("{a class}", "{class}"):
                 raise ConfigError(f"`{key}` must contain {mark}, but is {flat[key]!r}. Use for example {marks[-1]!r}.")
     for key in ("store-dir", "data-dir"):
         if flat[key] and not Path(str(flat[key])).expanduser().is_absolute():

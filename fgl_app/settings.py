@@ -78,9 +78,10 @@ class PromptSettings:
     num_prompts_per_class: int
     """Templates per class and domain (class level), or prompts that the server writes per class."""
     class_prompt: str
-    """Template with ``{class}``; ``card`` for the card's."""
+    """Template with ``{class}`` or ``{a class}``, and ``{domain}`` for the name of an image's domain; ``card`` for the
+    card's."""
     instance_prompt: str
-    """Template with ``{class}`` and ``{caption}``; ``card`` for the card's."""
+    """Template with ``{class}`` and ``{caption}``, and ``{domain}`` as above; ``card`` for the card's."""
     captioner: str
     """``tiny`` (shipped), a hub id or a folder of an image-to-text model; a node's own ``captioner`` wins."""
     captioner_revision: str
@@ -319,12 +320,16 @@ class Settings:
     def prompt_form(self, domain: str | None = None) -> PromptForm:
         """Return how prompts of a domain are written: the card's form, overridden by the run configuration."""
         form = self.card.form_of(domain)
+
+        def of_domain(text: str) -> str:
+            return text.replace("{domain}", domain or "")
+
         if self.prompts.class_prompt != "card":
-            form = dataclasses.replace(form, class_templates=(self.prompts.class_prompt,))
+            form = dataclasses.replace(form, class_templates=(of_domain(self.prompts.class_prompt),))
         if self.prompts.instance_prompt != "card":
-            form = dataclasses.replace(form, instance_template=self.prompts.instance_prompt)
+            form = dataclasses.replace(form, instance_template=of_domain(self.prompts.instance_prompt))
         if self.synthesis.negative_prompt != "card":
-            form = dataclasses.replace(form, negative=self.synthesis.negative_prompt)
+            form = dataclasses.replace(form, negative=of_domain(self.synthesis.negative_prompt))
         return form
 
     def public_texts(self, class_names: Iterable[str]) -> list[str]:

@@ -369,6 +369,12 @@ def test_a_new_data_set_needs_only_a_card(tmp_path, source, run_config):
     assert settings.card.classes[1].prompt == "dog, not hot dog"
     assert settings.prompt_form("drawing").class_templates == ("a drawing of {a class}",)
     assert settings.prompt_form("photo").class_templates == ("a photo of {a class}",)
+    own = {"dataset": str(path), "data-dir": str(source), "class-prompt": "{a class} in a {domain}"}
+    overridden = parse_run_config(run_config | own | {"negative-prompt": "no {domain}"})
+    assert [overridden.prompt_form(name).class_templates[0] for name in ("photo", "drawing")] == [
+        "{a class} in a photo", "{a class} in a drawing",
+    ]  # fmt: skip
+    assert overridden.prompt_form("drawing").negative == "no drawing"
 
 
 MALFORMED = [
@@ -399,7 +405,7 @@ MALFORMED = [
     ({"prompts": {"class": 5}}, "`prompts.class` must be a list"),
     ({"prompts": {"class": ["a photo"]}}, r"`prompts.class` must contain \{class\}"),
     ({"prompts": {"class": "{class}", "instance": "{class}"}}, r"`prompts.instance` must contain \{caption\}"),
-    ({"prompts": {"class": "{class}", "negativ": ""}}, "`prompts.negativ` must be class, instance or negative"),
+    ({"prompts": {"class": "{class}", "negativ": ""}}, "`prompts.negativ` must be class, instance, negative or styles"),
     (
         {"domains": {"real": {"class": "a photo"}}, "columns": {"domain": "style"}},
         r"`domains.real.class` must contain \{class\}",
