@@ -1,5 +1,6 @@
 """A server and three sites on network stacks of their own: TLS, authenticated SuperNodes, and a cable that is cut."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT
+from commands import ENVIRONMENT, results
 from hosts import Network, network
 from processes import Processes
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.e2e
 SITES = ("site0", "site1", "site2")
 SERVER = "server.example.org"
 RUN_CONFIG = (
-    'dataset="folder" num-clients=3 min-clients=2 connect-timeout-s=20 num-server-rounds=200 image-size=8 model="cnn"'
+    'dataset="folder" num-clients=3 min-clients=2 connect-timeout-s=20 image-size=8 model="cnn"'
     " images-per-class=24 num-inference-steps=6 server-epochs=4 local-epochs=1 server-finetune-epochs=0 batch-size=16"
     ' output-dir="{output}"'
 )
@@ -72,56 +73,79 @@ def flwr(tmp_path):
     return run
 
 
-def test_a_run_outlives_a_cut_cable_and_a_dead_supernode_and_takes_both_sites_back(tmp_path, flwr):
-    images = [sys.executable, APP_FOLDER / "examples" / "deployment" / "write_sites.py", tmp_path / "images"]
+@pytest.fixture
+def processes(tmp_path):
     environment = ENVIRONMENT | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(APP_FOLDER), os.environ.get("PYTHONPATH", "")]),
     }
-    processes = Processes(tmp_path, environment)
+    write = [sys.executable, APP_FOLDER / "examples" / "deployment" / "write_sites.py", tmp_path / "images"]
+    subprocess.run(write, env=environment, check=True)
+    return Processes(tmp_path, environment)
+
+
+@contextlib.contextmanager
+def federation(processes, folder, flwr, num_rounds):
+    """Connect the sites with the server, start a run, and yield the hosts and the run's id."""
     with network("server", *SITES) as hosts:
-        subprocess.run(images, env=environment, check=True)
-        make_certificates(tmp_path / "certificates", [SERVER], SITES, days=1)
+        make_certificates(folder / "certificates", [SERVER], SITES, days=1)
         try:
-            start_server(hosts, processes, tmp_path)
+            start_server(hosts, processes, folder)
             for number, site in enumerate(SITES):
-                flwr(hosts, "supernode", "register", tmp_path / "certificates" / site / "supernode.pub", "site")
-                start_site(hosts, processes, tmp_path, number)
+                flwr(hosts, "supernode", "register", folder / "certificates" / site / "supernode.pub", "site")
+                start_site(hosts, processes, folder, number)
             for site in SITES:
                 connected = processes.log_of(site)
                 processes.wait_until(lambda log=connected: "SuperNode ID" in log.read_text(), 60, f"{site} connects")
-            config = RUN_CONFIG.format(output=tmp_path)
+            config = RUN_CONFIG.format(output=folder) + f" num-server-rounds={num_rounds}"
             started = flwr(hosts, "run", APP_FOLDER, "site", "--run-config", config, "--format", "json")
-            run_id = json.loads(started)["run-id"]
-
-            metrics = tmp_path / "digits" / "metrics.jsonl"
-
-            def wait_for_round(after: int, clients: int, what: str) -> int:
-                """Wait until so many clients trained in a round after that one, and return its number."""
-
-                def found() -> list[int]:
-                    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-                    return [row["round"] for row in rows if row["round"] > after and row["clients"] == clients]
-
-                processes.wait_until(found, 300, what)
-                return found()[0]
-
-            begun = wait_for_round(1, 3, "all sites must train")
-            hosts.plug("site2", "down")
-            alone = wait_for_round(begun, 2, "a round must end without the site whose cable is cut")
-            hosts.plug("site2", "up")
-            again = wait_for_round(alone, 3, "the site must train again when its cable is back")
-            processes.kill("site1")
-            alone = wait_for_round(again, 2, "a round must end without the site whose SuperNode died")
-            start_site(hosts, processes, tmp_path, 1)
-            wait_for_round(alone, 3, "the site must train again when its SuperNode is back")
-            flwr(hosts, "stop", run_id, "site")
-            output = flwr(hosts, "log", run_id, "site", "--show") + processes.output()
+            yield hosts, json.loads(started)["run-id"]
         finally:
             processes.stop()
 
-    rounds = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert (rounds[0]["phase"], rounds[0]["clients"]) == ("one-shot", 0)
-    assert rounds[0]["upload_bytes"] > 0
-    assert re.search(r"round \d+ \(train\): 1 of 3 failed", output)
+
+def rounds_of(folder):
+    metrics = folder / "digits" / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def test_a_run_outlives_a_cut_cable(tmp_path, processes, flwr):
+    with federation(processes, tmp_path, flwr, num_rounds=2) as (hosts, run_id):
+        processes.wait_until(lambda: rounds_of(tmp_path), 300, "round 1 must end")
+        hosts.plug("site2", "down")
+        processes.wait_until((tmp_path / "digits" / "results.json").exists, 240, "the run must end")
+        output = flwr(hosts, "log", run_id, "site", "--show") + processes.output()
+
+    assert [(row["round"], row["phase"], row["clients"]) for row in rounds_of(tmp_path)] == [
+        (1, "one-shot", 0),
+        (2, "federated", 2),
+    ]
+    assert results(tmp_path / "digits")["upload_bytes"]["prompts_per_client"]["payload"] > 0
+    assert "round 2 (train): 1 of 3 failed" in output
     assert not re.search(r"a photo of a handwritten (zero|one|nine)", output)  # prompts are never logged
+
+
+@pytest.mark.nightly
+def test_a_site_takes_part_again_when_its_cable_or_its_supernode_is_back(tmp_path, processes, flwr):
+    with federation(processes, tmp_path, flwr, num_rounds=200) as (hosts, run_id):
+
+        def wait_for_round(after: int, clients: int, what: str) -> int:
+            """Wait until so many clients trained in a round after that one, and return its number."""
+
+            def found() -> list[int]:
+                rows = rounds_of(tmp_path)
+                return [row["round"] for row in rows if row["round"] > after and row["clients"] == clients]
+
+            processes.wait_until(found, 300, what)
+            return found()[0]
+
+        begun = wait_for_round(1, 3, "all sites must train")
+        hosts.plug("site2", "down")
+        alone = wait_for_round(begun, 2, "a round must end without the site whose cable is cut")
+        hosts.plug("site2", "up")
+        again = wait_for_round(alone, 3, "the site must train again when its cable is back")
+        processes.kill("site1")
+        alone = wait_for_round(again, 2, "a round must end without the site whose SuperNode died")
+        start_site(hosts, processes, tmp_path, 1)
+        wait_for_round(alone, 3, "the site must train again when its SuperNode is back")
+        flwr(hosts, "stop", run_id, "site")
