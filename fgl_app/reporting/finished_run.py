@@ -18,7 +18,7 @@ from fgl_app.errors import ConfigError, DataError, RunFolderError
 from fgl_app.files import read_json_lines
 from fgl_app.prompts import PromptCount
 from fgl_app.reporting.figures import spread
-from fgl_app.reporting.run_folder import forgotten_set, store_of_run
+from fgl_app.reporting.run_folder import forgotten_set, store_folder
 from fgl_app.settings import Settings
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan
@@ -125,7 +125,7 @@ def drawn_set(run: FinishedRun) -> tuple[UnitStore, Iterable[tuple[bytes, int]]]
     Raises:
         SynthesisError: If the run has neither kept its plan nor what identifies its images.
     """
-    folder = store_of_run(run.path)
+    folder = store_folder(run.path, str(run.config["run_config"].get("store-dir", "")))
     if (kept := forgotten_set(run.path)) is not None:
         ids = (each.tobytes() for each in kept.sample_ids)
         return UnitStore(folder, kept.settings_digest), zip(ids, kept.labels, strict=True)

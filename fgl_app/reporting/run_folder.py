@@ -76,7 +76,7 @@ class RunFolder:
     def __init__(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
         """Open or make the folder of these settings; ``resolved`` is what they came to on this machine."""
         self.path = Path(settings.run.output_dir).expanduser() / settings.run.run_name
-        self.synthetic = _store_folder(self.path, settings.run.store_dir)
+        self.synthetic = store_folder(self.path, settings.run.store_dir)
         self._checkpoints = self.path / "checkpoints"
         self._settings = settings
         self._resolved = dict(resolved)
@@ -285,10 +285,11 @@ def store_of_run(folder: Path) -> Path:
     """Return where the run in ``folder`` keeps its images, from its configuration if it is there."""
     file = folder / "config.json"
     config = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    return _store_folder(folder, config.get("run_config", {}).get("store-dir", ""))
+    return store_folder(folder, config.get("run_config", {}).get("store-dir", ""))
 
 
-def _store_folder(run: Path, store_dir: str) -> Path:
+def store_folder(run: Path, store_dir: str) -> Path:
+    """Return the folder of a run's store: ``store-dir``, or one in the run's own."""
     return Path(store_dir).expanduser() if store_dir else run / "synthetic"
 
 
