@@ -83,9 +83,8 @@ class PromptRound:
         self._min_senders = min_senders
         self._class_prompt = class_prompt
         self._deadline_s = deadline_s
-        self._asked: set[int] = set()
+        self._asked: Counter[int] = Counter()  # how many times each node was
         self._lost: set[int] = set()
-        self._times_asked: Counter[int] = Counter()
         self._open: dict[str, int] = {}
         self._uploads: dict[int, list[NamedPrompt]] = {}
         self._embeddings: dict[str, torch.Tensor] = {}
@@ -99,11 +98,10 @@ class PromptRound:
 
     def ask(self, nodes: Iterable[int]) -> None:
         """Ask the nodes that were not asked before, and again, a few times, where question or answer went astray."""
-        again = {node for node in self._lost if self._times_asked[node] < _MOST_TIMES_ASKED}
-        for node in sorted(set(nodes) - (self._asked - again)):
-            self._asked.add(node)
+        again = {node for node in self._lost if self._asked[node] < _MOST_TIMES_ASKED}
+        for node in sorted(set(nodes) - (self._asked.keys() - again)):
+            self._asked[node] += 1
             self._lost.discard(node)
-            self._times_asked[node] += 1
             question = Message(
                 content=RecordDict({CONFIG: ConfigRecord({"server-round": 1})}),
                 message_type=PROMPTS_MESSAGE,
