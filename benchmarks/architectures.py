@@ -22,9 +22,30 @@ from transformers import (
 from fgl_app import tiny
 
 
-def stable_diffusion_2_1(folder: Path) -> Path:
-    """Write a ``StableDiffusionPipeline`` of the architecture of SD 2.1-base (865.9 M parameters in the UNet)."""
+def stable_diffusion_2_1(folder: Path, device: torch.device) -> Path:
+    """Write a ``StableDiffusionPipeline`` of the architecture of SD 2.1-base (865.9 M parameters in the UNet).
+
+    Args:
+        folder: Where to.
+        device: Draws the random weights.
+    """
     torch.manual_seed(0)
+    with device:
+        parts = _parts_of_stable_diffusion_2_1()
+    tokenizer = CLIPTokenizer.from_pretrained(tiny.folder_of(tiny.DIFFUSION) / "tokenizer", model_max_length=77)
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, skip_prk_steps=True,
+        steps_offset=1,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        **parts, tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _parts_of_stable_diffusion_2_1() -> dict[str, torch.nn.Module]:
     unet = UNet2DConditionModel(
         sample_size=64,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -49,17 +70,7 @@ def stable_diffusion_2_1(folder: Path) -> Path:
             max_position_embeddings=77, hidden_act="gelu", projection_dim=512,
         )
     )  # fmt: skip
-    tokenizer = CLIPTokenizer.from_pretrained(tiny.folder_of(tiny.DIFFUSION) / "tokenizer", model_max_length=77)
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, skip_prk_steps=True,
-        steps_offset=1,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return {"unet": unet, "vae": vae, "text_encoder": text_encoder}
 
 
 def random_lora(unet: UNet2DConditionModel, folder: Path) -> Path:

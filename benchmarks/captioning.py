@@ -27,7 +27,10 @@ def main() -> None:
     chosen = options.parse_args()
     device = torch.device(chosen.device)
     with tempfile.TemporaryDirectory() as folder:
-        blip2(chosen.size == "small").to(torch.bfloat16).save_pretrained(folder)
+        with device:  # draws the random weights
+            model = blip2(chosen.size == "small")
+        model.to(torch.bfloat16).save_pretrained(folder)
+        del model
         tokenizer = Blip2Processor.from_pretrained(tiny.folder_of(tiny.CAPTIONER)).tokenizer
         Blip2Processor(
             BlipImageProcessor(size={"height": 224, "width": 224}), tokenizer, num_query_tokens=32

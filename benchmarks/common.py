@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,35 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def matrix_peak(device: torch.device) -> float:
+    """Measure how fast the device multiplies large matrices in bf16, or fp32 on a CPU, operations per second."""
+    on_gpu = device.type == "cuda"
+    side, dtype = (8192, torch.bfloat16) if on_gpu else (2048, torch.float32)
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def seconds() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            left @ right
+        if on_gpu:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / 10
+
+    seconds()  # warms up
+    return 2 * side**3 / min(seconds() for _ in range(3))
 
 
 def finish(name: str, unit: str, chosen: argparse.Namespace, **found: Any) -> None:
@@ -72,7 +99,7 @@ def finish(name: str, unit: str, chosen: argparse.Namespace, **found: Any) -> No
         chosen: Its options.
         found: What it found: ``contenders``, ``ratio``...
     """
-    options = {key: str(value) for key, value in vars(chosen).items()}
+    options = {key: str(value) for key, value in vars(chosen).items() if key != "json"}
     text = json.dumps({"benchmark": name, "unit": unit, "options": options, **found, "machine": machine()}, indent=2)
     print(text)
     if chosen.json is not None:

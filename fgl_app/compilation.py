@@ -1,4 +1,4 @@
-"""Whether ``torch.compile`` has on this machine what it compiles with."""
+"""What is compiled, and whether ``torch.compile`` has on this machine what it compiles with."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
 
 _PYTHON_HEADERS = Path(sysconfig.get_path("include", "posix_prefix"))
 """Where Triton looks for ``Python.h``; the scheme that Debian prefers names another folder."""
+_MAX_SHAPES = 64
+"""Shapes for which one function is compiled: batches with and without guidance, halved where memory runs out."""
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def lacking_for_compilation(
@@ -43,3 +50,25 @@ def can_compile(phase: str, kind: str) -> bool:
             f"{phase}: warning: nothing is compiled, and all is slower, because this machine lacks {lacking}\n"
         )
     return lacking is None
+
+
+def reproducible(function: Function) -> Function:
+    """Compile a function for each shape that it meets, so that it rounds alike in every process on this kind of GPU.
+
+    PyTorch chooses among kernels by timing them; here those are left out that sum in another order.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_SHAPES)
+    compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, options={"deterministic": True})
+    return cast(Function, compiled)
+
+
+def for_many_steps(model: torch.nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Compile a classifier that is trained in batches of one shape.
+
+    On a GPU each step is recorded once and replayed (CUDA graphs): a ResNet's kernels end sooner than Python can start
+    them.
+    """
+    compiled: Callable[..., torch.Tensor] = torch.compile(
+        model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default"
+    )
+    return compiled

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fgl_app.compilation import can_compile
+from fgl_app.compilation import can_compile, for_many_steps
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError
 
@@ -99,9 +99,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         _place(model, device).train()
-        network: Callable[..., torch.Tensor] = (
-            torch.compile(model, dynamic=False) if compiled and can_compile("training", device.type) else model
-        )
+        network = for_many_steps(model, device) if compiled and can_compile("training", device.type) else model
         optimizer = torch.optim.SGD(
             model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=weight_decay, fused=device.type == "cuda"
         )
@@ -122,7 +120,8 @@ def train(
                 pixels = augment(images, augmentation, generator)
                 # Half precision where the hardware multiplies it faster; the weights stay in fp32.
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    loss = F.cross_entropy(_logits(network, pixels), labels)
+                    # A last batch of another length would be compiled anew.
+                    loss = F.cross_entropy(_logits(network if len(labels) == batch_size else model, pixels), labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 for weight, first in zip(model.parameters(), anchor, strict=bool(anchor)):
