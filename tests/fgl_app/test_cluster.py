@@ -4,9 +4,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -90,6 +93,41 @@ def test_actors_of_ray_draw_the_same_images_and_survive_the_death_of_one(tmp_pat
     assert store.content_hash(wanted) == store_of(plan, tmp_path / "alone").content_hash(wanted)
     held = [json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")]
     assert sum(held) == 400  # no image was drawn twice
+
+
+@pytest.mark.e2e
+def test_a_running_cluster_draws_what_one_process_draws(tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", 40), PromptBudget(1, "one", 40))
+    wanted = ids_of(plan)
+    work(plan, tmp_path / "alone")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--include-dashboard=false"]
+    ray += [f"--port={address.rpartition(':')[2]}", f"--temp-dir={tempfile.mkdtemp(prefix='ray-')}"]
+    command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(tmp_path / "cluster")]
+    plan.save(tmp_path / "plan.json")
+
+    with subprocess.Popen(ray, cwd=APP_FOLDER, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+        wait_for(address)
+        drawn = subprocess.run([*command, "--workers", "2", "--ray-address", address], cwd=APP_FOLDER, check=False)
+        still_running = head.poll() is None
+        head.terminate()
+
+    assert drawn.returncode == 0
+    assert still_running  # the cluster is not ours to end
+    assert store_of(plan, tmp_path / "cluster").content_hash(wanted) == store_of(plan, tmp_path / "alone").content_hash(
+        wanted
+    )
+
+
+def wait_for(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    for _ in range(300):
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the cluster did not start")
 
 
 def test_an_actor_draws_the_same_identities_on_the_one_gpu_that_it_sees():
