@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,7 +18,7 @@ _PYTHON_HEADERS = Path(sysconfig.get_path("include", "posix_prefix"))
 _MAX_SHAPES = 64
 """Shapes for which one function is compiled: batches with and without guidance, halved where memory runs out."""
 
-Function = TypeVar("Function", bound=Callable[..., object])
+T = TypeVar("T")
 
 
 def lacking_for_compilation(
@@ -52,14 +52,21 @@ def can_compile(phase: str, kind: str) -> bool:
     return lacking is None
 
 
-def reproducible(function: Function) -> Function:
+def reproducible(function: Callable[..., T]) -> Callable[..., T]:
     """Compile a function for each shape that it meets, so that it rounds alike in every process on this kind of GPU.
 
     PyTorch chooses among kernels by timing them; here those are left out that sum in another order.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_SHAPES)
-    compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, options={"deterministic": True})
-    return cast(Function, compiled)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options={"deterministic": True})
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> T:
+        # Whoever draws does so on a thread of its own, and PyTorch keeps this limit by thread.
+        with torch._dynamo.config.patch(recompile_limit=_MAX_SHAPES):
+            result: T = compiled(*arguments)
+        return result
+
+    return call
 
 
 def for_many_steps(model: torch.nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:

@@ -67,7 +67,7 @@ class LatentDiffusion:
         self._encoding = threading.Lock()
         if self._device.type == "cuda" and can_compile("synthesis", "cuda"):
             self._full, self._shallow = reproducible(unet.full), reproducible(unet.shallow)
-            pipeline.vae.decoder = reproducible(pipeline.vae.decoder)
+            pipeline.vae.decoder.forward = reproducible(pipeline.vae.decoder.forward)
 
     @staticmethod
     def supports(pipeline: Any) -> bool:

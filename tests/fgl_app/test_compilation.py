@@ -1,8 +1,10 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
-from fgl_app.compilation import can_compile, lacking_for_compilation
+from fgl_app.compilation import can_compile, lacking_for_compilation, reproducible
 from fgl_app.data.images import ImageSet
 from fgl_app.training import train
 
@@ -59,6 +61,15 @@ def test_a_compiled_classifier_learns_the_same(fresh):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     for ours, plain in zip(weights, trained(compiled=False), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(lacking_for_compilation("cpu") is not None, reason="needs a C++ compiler and Python's headers")
+def test_a_thread_of_its_own_may_draw_in_many_shapes(fresh):
+    double = reproducible(lambda rows: rows * 2)  # for more shapes than PyTorch compiles unasked
+    with ThreadPoolExecutor(1) as pool:
+        doubled = [pool.submit(double, torch.ones(count)).result() for count in range(2, 14)]
+
+    assert [int(rows.sum()) for rows in doubled] == [2 * count for count in range(2, 14)]
 
 
 def test_without_a_compiler_a_classifier_trains_uncompiled_with_a_warning(fresh, monkeypatch, capsys):
