@@ -88,7 +88,7 @@ def fill(num_images: int, folder: Path) -> None:
 def resume(num_images: int, folder: Path) -> None:
     """Find that nothing is missing."""
     plan = plan_of(num_images // NUM_CLASSES, {"device": "cpu"})
-    assert not any(True for _ in missing_units(plan, UnitStore(folder, plan.settings.digest())))
+    assert not any(True for _ in missing_units(plan, UnitStore(folder, plan.settings.digest()).index()))
 
 
 def read_and_verify(num_images: int, folder: Path) -> None:

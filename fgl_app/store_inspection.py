@@ -71,7 +71,8 @@ def verify(store: UnitStore) -> Iterator[Finding]:
     sound = {unit_id for unit_id in index.units if store.is_sound(unit_id, index.manifests[unit_id])}
     for path in paths:
         unit_id, _, extension = path.name.partition(".")
-        if unit_id in sound and extension in ("json", "safetensors"):
+        committed_meanwhile = unit_id not in index.manifests and store.has(unit_id)
+        if (unit_id in sound or committed_meanwhile) and extension in ("json", "safetensors"):
             continue
         if path.name.startswith(".") or (extension == "safetensors" and not path.with_suffix(".json").exists()):
             yield Finding(path, "unfinished")

@@ -6,11 +6,11 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from fgl_app.errors import SynthesisError
 from fgl_app.synthesis.plan import Plan, Unit
@@ -55,7 +55,7 @@ def draw_on_cluster(
         ray_address: Of a cluster; empty for actors on this machine.
 
     Raises:
-        SynthesisError: If a unit's actor dies again and again, or the cluster cannot be reached.
+        SynthesisError: If a unit's actor dies again and again, or the cluster cannot be reached or has too few GPUs.
     """
     on_gpu = torch.device(plan.device).type == "cuda"
     try:
@@ -68,6 +68,8 @@ def draw_on_cluster(
             f"({type(error).__name__})."
         ) from None
     try:
+        if on_gpu:
+            _check_gpus(num_workers)
         remote: Any = ray.remote(SynthesisActor)
         options = {"num_cpus": 0, "num_gpus": int(on_gpu), "max_restarts": -1, "max_task_retries": _MAX_RETRIES}
         actors = [remote.options(**options).remote(plan, str(folder.resolve())) for _ in range(num_workers)]
@@ -85,6 +87,8 @@ def draw_on_cluster(
             number, unit = running.pop(finished)
             try:
                 counts = ray.get(finished)
+            except RayTaskError as error:  # what the unit itself raised: a full disk, no memory
+                raise error.cause from None
             except RayActorError as error:
                 if "creation task" in str(error):
                     raise SynthesisError(
@@ -99,6 +103,16 @@ def draw_on_cluster(
             yield counts
     finally:
         ray.shutdown()
+
+
+def _check_gpus(num_workers: int) -> None:
+    """Refuse actors for which Ray would wait for ever."""
+    there = int(cast(Any, ray).cluster_resources().get("GPU", 0))
+    if there < num_workers:
+        raise SynthesisError(
+            f"`synthesis-workers` must be at most the number of GPUs that Ray has, {there}, but is {num_workers}. Use "
+            "fewer, another `ray-address`, or synthesis-device=cpu."
+        )
 
 
 def _check_reachable(ray_address: str) -> None:

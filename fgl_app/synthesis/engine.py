@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -102,48 +103,74 @@ class Engine:
         )
 
     def _judge(self, images: torch.Tensor, samples: Sequence[Sample], places: Sequence[int]) -> list[bool]:
-        """Return whether every judge accepts the images at ``places``."""
-        accepted = torch.ones(len(places), dtype=torch.bool)
+        """Return whether every judge accepts the images at ``places``; fewer at a time where memory runs out."""
         labels = torch.tensor([samples[place].label for place in places], dtype=torch.int64)
-        for judge in self.judges if len(places) else ():
-            accepted &= judge(images[list(places)], labels)
-        kept: list[bool] = accepted.tolist()
+        kept: list[bool] = []
+        at_a_time = max(1, len(places))
+        while len(kept) < len(places):
+            part = slice(len(kept), len(kept) + at_a_time)
+            of_part = images[list(places[part])]
+            try:
+                accepted = [judge(of_part, labels[part]) for judge in self.judges]
+            except torch.OutOfMemoryError:
+                if at_a_time == 1:
+                    raise SynthesisError(
+                        "`filter` must fit into memory beside the generator with one image at a time, but does not. "
+                        "Use a larger device or a smaller `filter`."
+                    ) from None
+                at_a_time //= 2
+                torch.cuda.empty_cache()
+                continue
+            kept += torch.stack(accepted).all(0).tolist()
         return kept
 
     def _draw_finite(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`_generate`, but what is not finite is drawn once more in fp32."""
-        images, finite = self._generate(self.generator, samples)
+        """Draw images; what is not finite is drawn once more in fp32, where that fits into memory.
+
+        Returns:
+            uint8 ``[N, 3, S, S]`` on the CPU, and bool ``[N]``: whether the image is finite.
+        """
+        images, finite, self.batch_size = self._generate(self.generator, samples, self.batch_size)
         broken = [place for place in range(len(samples)) if not finite[place]]
         if broken:
-            images[broken], finite[broken] = self._generate(self.load_exact(), [samples[place] for place in broken])
+            # With memory for fewer at a time in fp32, the others are drawn at the batch size that they had.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                images[broken], finite[broken], _ = self._generate(
+                    self.load_exact(), [samples[place] for place in broken], self.batch_size
+                )
         return images, finite
 
-    def _generate(self, generator: Generator, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return uint8 ``[N, 3, S, S]`` on the CPU, and bool ``[N]``: whether the image is finite."""
+    def _generate(
+        self, generator: Generator, samples: Sequence[Sample], batch_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Return images and whether they are finite, and how many were drawn at a time in the end."""
         conditions = self._encode(generator, samples)
         parts, finite = [], []
         start = 0
         while start < len(samples):
             # The last batch is padded, so that every image is computed at one static shape.
-            places = [min(start + offset, len(samples) - 1) for offset in range(self.batch_size)]
+            places = [min(start + offset, len(samples) - 1) for offset in range(batch_size)]
             try:
                 drawn = generator.generate(
                     [conditions[place] for place in places], [samples[place].noise_seed for place in places]
                 )
             except torch.OutOfMemoryError:
-                if self.batch_size == 1:
+                if batch_size == 1:
+                    if generator is not self.generator:
+                        raise
                     raise SynthesisError(
                         "The generator must fit into memory with one image at a time, but does not. Use a larger "
                         "device, a smaller `generation-size` or another `generator`."
                     ) from None
-                self.batch_size //= 2
+                batch_size //= 2
                 torch.cuda.empty_cache()
                 continue
             drawn = drawn[: len(samples) - start]
-            finite.append(drawn.flatten(1).isfinite().all(1).cpu())
-            parts.append(to_uint8(drawn, self.plan.settings.stored_size).cpu())
+            finite.append(drawn.flatten(1).isfinite().all(1))
+            parts.append(to_uint8(drawn, self.plan.settings.stored_size))
             start += len(drawn)
-        return torch.cat(parts), torch.cat(finite)
+        # Copied once: a GPU goes on with the next batch meanwhile.
+        return torch.cat(parts).cpu(), torch.cat(finite).cpu(), batch_size
 
     def _encode(self, generator: Generator, samples: Sequence[Sample]) -> list[Any]:
         """Encode each distinct prompt once, as long as it is among the last :data:`_KEPT_CONDITIONS`."""

@@ -23,8 +23,8 @@ from fgl_app.synthesis.plan import DrawSettings
 from fgl_app.synthesis.solvers import is_linear, tabulate
 from fgl_app.synthesis.unet import PlainUNet, is_plain
 
-_DECODE_CHUNK = 8
-"""Latents decoded at a time on a GPU: the decoder needs more memory per image than the UNet."""
+_DECODED_PIXELS = 8 * 512 * 512
+"""Pixels decoded at a time: the decoder needs more memory per image than the UNet."""
 _ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -45,6 +45,9 @@ class LatentDiffusion:
         Args:
             pipeline: A loaded ``StableDiffusionPipeline``.
             settings: Steps, guidance and sizes.
+
+        Raises:
+            ModelError: If the solver cannot make so many steps, or the decoder no image of that size.
         """
         self._pipeline = pipeline
         self._settings = settings
@@ -54,8 +57,14 @@ class LatentDiffusion:
         self._last_use = self._solver.last_use()
         # 0-d tensors: numbers would be compiled anew at every step, and copying them then would stop the GPU.
         self._timesteps = torch.tensor([step.timestep for step in self._solver.steps], device=self._device)
-        side = settings.generation_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        self._latent_shape = (1, pipeline.unet.config.in_channels, *[side // pipeline.vae_scale_factor] * 2)
+        factor = pipeline.vae_scale_factor
+        self._side = settings.generation_size or pipeline.unet.config.sample_size * factor
+        if self._side % factor:
+            raise ModelError(
+                f"`generation-size` must be a multiple of {factor} for this generator, but is {self._side}. Use "
+                f"{self._side - self._side % factor} or {self._side - self._side % factor + factor}."
+            )
+        self._latent_shape = (1, pipeline.unet.config.in_channels, *[self._side // factor] * 2)
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
         unet = PlainUNet(pipeline.unet)
@@ -151,7 +160,7 @@ class LatentDiffusion:
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self._pipeline.vae
         scaled = (latents / vae.config.scaling_factor).to(vae.dtype, memory_format=torch.channels_last)
-        chunk = _DECODE_CHUNK if self._device.type == "cuda" else len(scaled)
+        chunk = max(1, _DECODED_PIXELS // self._side**2)
         images = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in scaled.split(chunk)])
         return (images / 2 + 0.5).clamp(0, 1)
 

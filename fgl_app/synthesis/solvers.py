@@ -24,6 +24,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from fgl_app.errors import ModelError
+
 SCHEDULERS: Mapping[str, Any] = {
     "ddim": DDIMScheduler,
     "pndm": PNDMScheduler,
@@ -86,9 +88,18 @@ def tabulate(scheduler: Any, num_inference_steps: int) -> Solver:
     Args:
         scheduler: One of :data:`SCHEDULERS`, for which :func:`is_linear` holds; it is not changed.
         num_inference_steps: Steps as its ``set_timesteps`` counts them; PNDM makes one more.
+
+    Raises:
+        ModelError: If it cannot make so many steps.
     """
     scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(num_inference_steps)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except ValueError as error:
+        raise ModelError(
+            f"`num-inference-steps` must be a number of steps that {type(scheduler).__name__} can make, but is "
+            f"{num_inference_steps} ({error}). Use fewer steps or another `scheduler`."
+        ) from None
     count = len(scheduler.timesteps)
     # Component 2k of a vector is the coefficient of x_k, component 2k + 1 that of f_k.
     basis = torch.eye(2 * count)[:, None, :, None, None]

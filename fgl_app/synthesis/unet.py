@@ -25,6 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _PLAIN = {
     "class_embed_type": None,
+    "num_class_embeds": None,
     "addition_embed_type": None,
     "encoder_hid_dim_type": None,
     "time_cond_proj_dim": None,
@@ -54,10 +55,13 @@ _PLAIN_BLOCKS = {
 
 def is_plain(unet: Any) -> bool:
     """Return whether ``unet`` is of the family: conditioned on a timestep and a text, nothing else."""
+    if type(unet).__name__ != "UNet2DConditionModel":
+        return False
+    blocks = {type(block).__name__ for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)}
     return (
-        type(unet).__name__ == "UNet2DConditionModel"
-        and all(unet.config.get(name) == value for name, value in _PLAIN.items())
-        and {type(block).__name__ for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)} <= _PLAIN_BLOCKS
+        all(unet.config.get(name) == value for name, value in _PLAIN.items())
+        and blocks <= _PLAIN_BLOCKS
+        and any("CrossAttn" in name for name in blocks)
     )
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from fgl_app.errors import FGLError
-from fgl_app.store import UnitStore, as_ids
+from fgl_app.store import SampleIndex, UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan, Unit
 from fgl_app.training import check_device
 
@@ -108,9 +108,8 @@ class UnitWorker:
                 pool.shutdown(cancel_futures=True)
 
 
-def missing_units(plan: Plan, store: UnitStore) -> Iterator[Unit]:
-    """Yield what the store lacks, one unit at a time: of each unit of the plan the samples that are not settled."""
-    index = store.index()
+def missing_units(plan: Plan, index: SampleIndex) -> Iterator[Unit]:
+    """Yield what a store lacks, one unit at a time: of each unit of the plan the samples that are not settled."""
     for unit in plan.units():
         held = index.holds(as_ids(sample.sample_id for sample in unit.samples))
         if not held.all():
@@ -145,13 +144,14 @@ def work(plan: Plan, folder: Path, num_workers: int = 0, ray_address: str = "") 
         Number of images drawn, without those of other workers on the same store.
     """
     store = UnitStore(folder, plan.settings.digest())
-    sizes = [len(unit.samples) for unit in missing_units(plan, store)]
+    index = store.index()
+    sizes = [len(unit.samples) for unit in missing_units(plan, index)]
     missing = sum(sizes)
     if not missing:
         return 0
     # Workers that share a store begin at different places.
     first = secrets.randbelow(len(sizes))
-    units = shuffled(chain(islice(missing_units(plan, store), first, None), islice(missing_units(plan, store), first)))
+    units = shuffled(chain(islice(missing_units(plan, index), first, None), islice(missing_units(plan, index), first)))
     if num_workers:
         from fgl_app.synthesis.cluster import draw_on_cluster
 

@@ -19,7 +19,7 @@ from fgl_app.config import APP_FOLDER
 from fgl_app.errors import SynthesisError
 from fgl_app.prompts import PromptBudget
 from fgl_app.synthesis.cluster import plan_of_actor
-from fgl_app.synthesis.plan import UNIT_SIZE
+from fgl_app.synthesis.plan import UNIT_SIZE, Plan
 from fgl_app.synthesis.worker import work
 
 
@@ -95,30 +95,50 @@ def test_actors_of_ray_draw_the_same_images_and_survive_the_death_of_one(tmp_pat
     assert sum(held) == 400  # no image was drawn twice
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a cluster that somebody started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--include-dashboard=false"]
+    ray += [f"--port={port}", f"--temp-dir={tempfile.mkdtemp(prefix='ray-')}"]
+    with subprocess.Popen(ray, cwd=APP_FOLDER, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+        wait_for(f"127.0.0.1:{port}")
+        yield f"127.0.0.1:{port}"
+        assert head.poll() is None  # it is not ours to end
+        head.terminate()
+
+
+def draw_on(cluster: str, plan: Plan, folder: Path, store: Path) -> subprocess.CompletedProcess[str]:
+    plan.save(folder / "plan.json")
+    command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(folder / "plan.json"), str(store)]
+    command += ["--workers", "2", "--ray-address", cluster]
+    return subprocess.run(command, cwd=APP_FOLDER, check=False, stderr=subprocess.PIPE, text=True, timeout=200)
+
+
 @pytest.mark.e2e
-def test_a_running_cluster_draws_what_one_process_draws(tmp_path):
+def test_a_running_cluster_draws_what_one_process_draws(cluster, tmp_path):
     plan = plan_of(PromptBudget(0, "zero", 40), PromptBudget(1, "one", 40))
     wanted = ids_of(plan)
     work(plan, tmp_path / "alone")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--include-dashboard=false"]
-    ray += [f"--port={address.rpartition(':')[2]}", f"--temp-dir={tempfile.mkdtemp(prefix='ray-')}"]
-    command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(tmp_path / "plan.json"), str(tmp_path / "cluster")]
-    plan.save(tmp_path / "plan.json")
 
-    with subprocess.Popen(ray, cwd=APP_FOLDER, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
-        wait_for(address)
-        drawn = subprocess.run([*command, "--workers", "2", "--ray-address", address], cwd=APP_FOLDER, check=False)
-        still_running = head.poll() is None
-        head.terminate()
+    assert draw_on(cluster, plan, tmp_path, tmp_path / "cluster").returncode == 0
+    alone, together = (store_of(plan, tmp_path / name).content_hash(wanted) for name in ("alone", "cluster"))
+    assert alone == together
 
-    assert drawn.returncode == 0
-    assert still_running  # the cluster is not ours to end
-    assert store_of(plan, tmp_path / "cluster").content_hash(wanted) == store_of(plan, tmp_path / "alone").content_hash(
-        wanted
-    )
+
+@pytest.mark.e2e
+def test_what_a_cluster_cannot_do_is_one_sentence(cluster, tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", 3))
+    (tmp_path / "file").touch()
+
+    on_gpus = draw_on(cluster, dataclasses.replace(plan, device="cuda"), tmp_path, tmp_path / "store")
+    in_a_file = draw_on(cluster, plan, tmp_path, tmp_path / "file")
+
+    assert (on_gpus.returncode, in_a_file.returncode) == (1, 1)
+    assert "error: `synthesis-workers` must be at most the number of GPUs that Ray has, 0, but is 2" in on_gpus.stderr
+    assert "must be writable and have room" in in_a_file.stderr.splitlines()[-1]
 
 
 def wait_for(address: str) -> None:
@@ -177,18 +197,22 @@ def test_a_kill_at_any_moment_changes_nothing_and_costs_no_committed_image(tmp_p
         command = [sys.executable, "-c", SERVER, str(tmp_path)]
     elif victim == "actor":
         command += ["--workers", "2"]
-    moment = random.Random(trial).uniform(0, 640)
+    chance = random.Random(f"{trial} {victim}")
+    # Every fourth kill comes before the first commit, in the seconds in which the process starts.
+    moment, delay = (0, chance.uniform(0, 10)) if trial % 4 == 0 else (chance.uniform(1, 560), chance.uniform(0, 0.3))
 
     with subprocess.Popen(command, cwd=APP_FOLDER, stderr=subprocess.DEVNULL) as process:
-        while store.index().holds(wanted).sum() < moment - UNIT_SIZE and process.poll() is None:
+        while store.index().holds(wanted).sum() < moment and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(random.Random(trial).uniform(0, 0.5))
+        while victim == "actor" and not actors_of(process) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(delay)
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         if victim == "actor":  # the driver goes on without it
-            actors = actors_of(process)
-            random.Random(trial).choice(actors).kill() if actors else None
+            chance.choice(actors_of(process)).kill()
         else:
             process.kill()
+    assert process.returncode == (0 if victim == "actor" else -signal.SIGKILL)
     _, alive = psutil.wait_procs(family, timeout=30)  # the worker of a killed server ends by itself
     assert not alive, [child.cmdline() for child in alive]
     held = store.index().holds(wanted).sum()

@@ -42,6 +42,25 @@ def test_our_loop_draws_what_the_pipeline_draws(scheduler, guidance_scale):
     assert (images(ours) - images(theirs)).abs().max() <= 1
 
 
+@pytest.mark.parametrize("scheduler", ["own", *SCHEDULERS])
+def test_our_loop_draws_what_the_pipeline_draws_in_as_many_steps_as_the_authors_make(scheduler):
+    ours, theirs = both(dataclasses.replace(SETTINGS, scheduler=scheduler, guidance_scale=2.0, num_inference_steps=50))
+
+    assert (images(ours) - images(theirs)).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"scheduler": "tcd", "num_inference_steps": 60}, "`num-inference-steps` .* TCDScheduler can make, but is 60"),
+        ({"generation_size": 34}, "`generation-size` must be a multiple of 4 .* but is 34. Use 32 or 36"),
+    ],
+)
+def test_what_a_generator_cannot_do_is_one_sentence(changes, named):
+    with pytest.raises(ModelError, match=named):
+        load_generator(dataclasses.replace(SETTINGS, **changes), CPU)
+
+
 @pytest.mark.parametrize("scheduler", ["pndm", "dpm-solver++", "unipc"])
 @pytest.mark.parametrize("num_steps", [4, 5, 50])
 def test_a_table_makes_the_steps_of_its_scheduler(scheduler, num_steps):
@@ -216,6 +235,39 @@ def test_an_image_that_is_no_number_is_drawn_again_in_fp32_and_then_left_out():
     ]
     expected = engine_of(plan).draw(unit).tensors["image"]
     assert torch.equal(drawn.tensors["image"], expected[[0, 1, 2, 4]])
+
+
+def test_where_fp32_has_less_room_the_other_images_keep_their_batch():
+    plan = plan_of(PromptBudget(0, "zero", 5))
+    (unit,) = plan.units()
+    sound = load_generator(plan.settings, CPU)
+    broken = unit.samples[1].noise_seed
+
+    for room, left_out in ((1, {}), (0, {unit.samples[1].sample_id.hex(): "not finite"})):
+        exact = OutOfMemory(sound, room)
+        drawn = Engine(plan, Poisoned(sound, {broken}), {}, lambda exact=exact: exact, 8).draw(unit)
+
+        assert (drawn.batch_size, drawn.left_out) == (8, left_out)
+
+
+def test_a_judge_without_memory_for_all_judges_fewer_at_a_time():
+    plan = plan_of(PromptBudget(0, "zero", 5), filter_attempts=0)
+    (unit,) = plan.units()
+    seen = []
+
+    def judge(images, labels, room=2):
+        if len(images) > room:
+            raise torch.OutOfMemoryError
+        seen.append(len(images))
+        return torch.ones(len(images), dtype=torch.bool)
+
+    engine = engine_of(plan)
+    engine.judges = [judge]
+    assert engine.draw(unit).left_out == {}
+    assert seen == [2, 2, 1]
+    engine.judges = [lambda images, labels: judge(images, labels, 0)]
+    with pytest.raises(SynthesisError, match="`filter` must fit into memory"):
+        engine.draw(unit)
 
 
 def at_once(work, count: int) -> list:

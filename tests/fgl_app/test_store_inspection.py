@@ -56,6 +56,23 @@ def test_a_unit_that_is_committed_meanwhile_is_no_finding(tmp_path, monkeypatch)
     assert store.has("dd" * 16)
 
 
+def test_a_unit_whose_manifest_was_not_yet_there_is_no_finding(tmp_path, monkeypatch):
+    store = filled(tmp_path)
+    store.commit("dd" * 16, unit(8), {})
+    manifest = store.units_folder / f"{'dd' * 16}.json"
+    kept = manifest.read_bytes()
+    manifest.unlink()
+    is_sound = UnitStore.is_sound
+
+    def slow(self, *arguments):
+        manifest.write_bytes(kept)
+        return is_sound(self, *arguments)
+
+    monkeypatch.setattr(UnitStore, "is_sound", slow)
+
+    assert list(verify(store)) == []
+
+
 def test_a_sound_store_has_no_findings(tmp_path):
     assert list(verify(filled(tmp_path))) == []
 

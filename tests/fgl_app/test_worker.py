@@ -11,7 +11,7 @@ from fgl_app.errors import SynthesisError
 from fgl_app.prompts import PromptBudget
 from fgl_app.synthesis.launch import _pass_on, synthesize
 from fgl_app.synthesis.plan import UNIT_SIZE, Plan, Unit
-from fgl_app.synthesis.worker import shuffled, work
+from fgl_app.synthesis.worker import UnitWorker, shuffled, work
 
 
 def test_workers_visit_every_unit_once_each_in_an_order_of_its_own(monkeypatch):
@@ -34,6 +34,15 @@ def test_the_worker_draws_what_is_missing_and_nothing_else(tmp_path):
     assert work(plan, tmp_path) == 0
     store.discard([list(plan.units())[1].unit_id])
     assert work(plan, tmp_path) == 5
+
+
+def test_a_unit_that_another_worker_committed_meanwhile_is_not_drawn(tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", 3))
+    (unit,) = plan.units()
+    first, second = (UnitWorker(plan, tmp_path, num_threads=1) for _ in range(2))
+
+    assert first.run(unit) == (3, 3)
+    assert second.run(unit) == (3, 0)
 
 
 def test_a_larger_plan_draws_only_the_images_that_a_smaller_one_did_not(tmp_path):
