@@ -7,6 +7,7 @@ advantage.
 
 from __future__ import annotations
 
+import argparse
 import math
 import shutil
 import tempfile
@@ -53,13 +54,12 @@ def authors_procedure(plan: Plan) -> Callable[[], int]:
     return run
 
 
-def our_procedure(plan: Plan) -> Callable[[], int]:
-    """Draw and commit a plan into a fresh store, and read it."""
-    root = Path(tempfile.mkdtemp())
+def our_procedure(plan: Plan, root: Path) -> Callable[[], int]:
+    """Draw and commit a plan into a fresh store at ``root``, and read it."""
     worker = UnitWorker(plan, root)
 
     def run() -> int:
-        shutil.rmtree(root)
+        shutil.rmtree(root, ignore_errors=True)
         drawn = sum(count for _, count in worker.run_all(plan.units()))
         data = UnitStore(root, plan.settings.digest()).read(as_ids(sample.sample_id for sample in plan.samples()))
         assert len(data) == drawn == plan.num_images
@@ -131,10 +131,17 @@ def main() -> None:
     options.add_argument("--profiles", nargs="*", choices=FAST, default=FAST, help="beside paper")
     options.add_argument("--trace", type=Path, help="where the time of one batch goes, by kernel, is written here")
     chosen = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(chosen, Path(folder))
+
+
+def measure(chosen: argparse.Namespace, folder: Path) -> None:
+    """Time the contenders; models and stores lie in ``folder``."""
     device = torch.device(chosen.device)
+    generator = "tiny" if chosen.model == "tiny" else str(stable_diffusion_2_1(folder / "generator", device))
     drawn: dict[str, RunConfigValue] = {
         "dataset": "digits" if chosen.model == "tiny" else "imagenette",
-        "generator": "tiny" if chosen.model == "tiny" else str(stable_diffusion_2_1(Path(tempfile.mkdtemp()), device)),
+        "generator": generator,
         "num-inference-steps": chosen.steps,
         "synthesis-batch-size": chosen.batch_size,
         "device": chosen.device,
@@ -142,10 +149,10 @@ def main() -> None:
     own = {name: {**drawn, "profile": name} for name in ("paper", *chosen.profiles)}
     if "turbo" in own:
         unet = load_pipeline(plan_of(1, drawn).settings, device).unet
-        own["turbo"]["lora"] = str(random_lora(unet, Path(tempfile.mkdtemp())))  # as fast as a distilled one
+        own["turbo"]["lora"] = str(random_lora(unet, folder / "lora"))  # as fast as a distilled one
     plans = {name: plan_of(chosen.images_per_class, settings, chosen.classes) for name, settings in own.items()}
     contenders = {"authors": authors_procedure(plans["paper"])}
-    contenders |= {name: our_procedure(plan) for name, plan in plans.items()}
+    contenders |= {name: our_procedure(plan, folder / name) for name, plan in plans.items()}
     rates = take_turns(contenders, chosen.rounds)
     peak = matrix_peak(device)
     for name, rate in rates.items():
