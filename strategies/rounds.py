@@ -103,7 +103,7 @@ class CheckedRounds(Strategy):
             min_clients: Quorum: so many must be connected when that time is over, and so many usable replies must come,
                 or all where fewer are asked. 0: all of ``num_clients`` must be connected, and one usable reply is
                 enough.
-            max_update_norm: Largest L2 norm of a client's update; 0 for any.
+            max_update_norm: Largest L2 norm of a client's update; 0 for ten times that of the weights it was sent.
             rounds_done: Rounds that came before the first one.
             ledger: Is told what leaves the clients; None for nobody.
         """
