@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -214,15 +215,15 @@ class CachedCaptioner:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """Read kept captions; a line that a crash cut short is passed over."""
+    """Read kept captions; a line that is none, as one that a crash cut short, is passed over."""
     known: dict[str, str] = {}
-    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+    # Not splitlines(): captions may hold characters that it takes for ends of lines.
+    lines = path.read_text("utf-8", "replace").split("\n") if path.exists() else []
     for line in lines:
-        try:
-            key, caption = json.loads(line)
-        except ValueError:
-            continue
-        known[key] = caption
+        with contextlib.suppress(ValueError, RecursionError):
+            match json.loads(line):
+                case [str(key), str(caption)]:
+                    known[key] = caption
     return known
 
 
