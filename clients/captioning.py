@@ -52,10 +52,11 @@ class HubCaptioner:
         path, pinned = locate(source, revision, tiny.CAPTIONER)
         chosen = resolved_dtype(dtype, device)
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(path, revision=pinned)
+            self._processor: Any = AutoProcessor.from_pretrained(path, revision=pinned, trust_remote_code=False)
             self._model: Any = AutoModelForImageTextToText.from_pretrained(
-                path, revision=pinned, dtype=_DTYPES[chosen], use_safetensors=True, **_quantization(chosen, device)
-            )
+                path, revision=pinned, dtype=_DTYPES[chosen], use_safetensors=True, trust_remote_code=False,
+                **_quantization(chosen, device),
+            )  # fmt: skip
             self._text = self._prompt()
         except ImportError as error:  # its text names the package
             raise ModelError(f"`captioner` {source!r} in {chosen} needs a package that is missing: {error}") from None
