@@ -1,3 +1,4 @@
+import re
 import zlib
 
 import numpy as np
@@ -62,6 +63,30 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
 
     with pytest.raises(PromptError, match="1000 bytes"):
         decode_prompts(zlib.compress(b"[" + b" " * 10**6 + b"]"))
+
+
+@pytest.mark.parametrize("unit", [b"{},", b"[],", b'"a",', b"1.5,", b'["a",1,"b"],', b'{"a":{}},', b'"\\"",'])
+def test_a_message_of_very_many_values_is_not_parsed(unit):
+    count = 1_000_001 // len(re.findall(rb'"a"|"b"|"\\""|[\[{:,]', unit)) + 1
+
+    with pytest.raises(PromptError, match="at most 125000 rows"):
+        decode_prompts(zlib.compress(b"[" + unit * count + b"0]"))
+
+
+def test_as_many_prompts_as_are_accepted_are_parsed_whatever_they_hold():
+    rows = [["cat", 1, f'a "[{{,:\\ {number}', "sketch"] for number in range(70_000)]
+    prompts = [PromptCount(0, row[2], row[1], row[3]) for row in rows]
+    payload = encode_prompts(Upload(prompts, ("cat",)))
+
+    assert decode_prompts(payload) == rows  # 8 * 70,000 tokens, fewer than are always parsed
+    with pytest.raises(PromptError, match="`max-prompts-per-client`"):
+        decode_prompts(encode_prompts(Upload(prompts * 2, ("cat",))), 10)
+    assert len(decode_prompts(encode_prompts(Upload(prompts * 2, ("cat",))), 70_000)) == 140_000
+
+
+def test_quotes_without_an_end_are_searched_once():
+    with pytest.raises(PromptError, match="cannot be read"):
+        decode_prompts(zlib.compress(b'["' + b'\\"' * 5_000_000))
 
 
 def test_ten_class_prompts_fit_the_papers_229_bytes():
