@@ -171,6 +171,11 @@ def embeddings_of(message: Message, length: int, width: int) -> tuple[dict[str, 
     packed = record.get(EMBEDDINGS) if isinstance(record, ConfigRecord) else None
     if not isinstance(packed, bytes) or len(packed) > MAX_PAYLOAD_BYTES:
         raise PromptError(f"A client's reply must hold at most {MAX_PAYLOAD_BYTES} bytes under {PROMPTS}/{EMBEDDINGS}.")
+    header_end = 8 + int.from_bytes(packed[:8], "little")  # of safetensors: JSON with one object for each tensor
+    if packed.count(b"{", 8, header_end) - 1 > max(1, (len(packed) - header_end) // (2 * width)):
+        raise PromptError(
+            f"A client's embeddings must each hold {width} numbers or more, but there are too few for all."
+        )
     try:
         tensors = load(packed)
     except Exception:  # safetensors raises an exception class of its own

@@ -1,3 +1,4 @@
+import json
 import re
 import zlib
 
@@ -151,6 +152,16 @@ def test_embeddings_that_cannot_be_used_are_refused(embeddings, reason):
 
     with pytest.raises(PromptError, match=reason):
         embeddings_of(reply, 5, 8)
+
+
+def test_very_many_empty_embeddings_are_not_read():
+    header = json.dumps({f"{number}": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for number in range(9)})
+    packed = len(header).to_bytes(8, "little") + header.encode()
+
+    with pytest.raises(PromptError, match="too few for all"):
+        embeddings_of(sent(packed), 5, 8)
+    two = {embedding_name(tensor): tensor for tensor in (torch.zeros(1, 8).half(), torch.ones(1, 8).half())}
+    assert embeddings_of(sent(save(two)), 5, 8)[0].keys() == two.keys()  # no fewer numbers than each must hold
 
 
 some_tensors = st.builds(
