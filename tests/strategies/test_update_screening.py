@@ -234,6 +234,31 @@ def test_a_hostile_update_is_dropped_and_the_round_goes_on_without_it(make_grid,
     assert found[0][1]["9.weight"].numpy().tobytes() == found[1][1]["9.weight"].numpy().tobytes()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options", "weight"),
+    [
+        ("FedAvg", "", 2.6),  # (0.9 + 1 + 1 + 1.1 + 9) / 5: what a plain mean makes of it
+        ("FedMedian", "", 1.0),
+        ("FedTrimmedAvg", "beta=0.2", 3.1 / 3),  # without one from below and one from above
+        ("Krum", "num-malicious-nodes=1", 1.0),  # the one whose nearest others are nearest
+    ],
+)
+def test_a_hostile_update_within_the_bound_has_no_influence_under_a_robust_mean(make_grid, strategy, options, weight):
+    inner = build_inner(strategy, options, num_selected=5, weighting="uniform", evaluate_on_clients=False)
+    rounds = CheckedRounds(inner, num_clients=5)
+    sent = ArrayRecord({"weight": array([1.0, 1.0])})
+    questions = list(rounds.configure_train(1, sent, ConfigRecord(), make_grid(num_clients=5)))
+    replies = []
+    for question, value in zip(questions, (0.9, 1.0, 1.0, 1.1, 9.0), strict=True):
+        content = {"arrays": ArrayRecord({"weight": array([value, value])}), "metrics": training_metrics(10, 0.5)}
+        replies.append(Message(RecordDict(content), reply_to=question))
+
+    found, _ = rounds.aggregate_train(1, replies)
+
+    assert rounds.refusals[1].rows() == []  # nothing about it can be refused by a rule
+    assert found["weight"].numpy() == pytest.approx(weight, abs=1e-6)
+
+
 def test_updates_that_leave_fewer_than_the_quorum_end_the_run(make_grid, settings):
     from fgl_app.phases import initial_arrays
 
