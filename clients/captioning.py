@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -51,10 +52,11 @@ class HubCaptioner:
         path, pinned = locate(source, revision, tiny.CAPTIONER)
         chosen = resolved_dtype(dtype, device)
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(path, revision=pinned)
+            self._processor: Any = AutoProcessor.from_pretrained(path, revision=pinned, trust_remote_code=False)
             self._model: Any = AutoModelForImageTextToText.from_pretrained(
-                path, revision=pinned, dtype=_DTYPES[chosen], use_safetensors=True, **_quantization(chosen, device)
-            )
+                path, revision=pinned, dtype=_DTYPES[chosen], use_safetensors=True, trust_remote_code=False,
+                **_quantization(chosen, device),
+            )  # fmt: skip
             self._text = self._prompt()
         except ImportError as error:  # its text names the package
             raise ModelError(f"`captioner` {source!r} in {chosen} needs a package that is missing: {error}") from None
@@ -214,15 +216,15 @@ class CachedCaptioner:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """Read kept captions; a line that a crash cut short is passed over."""
+    """Read kept captions; a line that is none, as one that a crash cut short, is passed over."""
     known: dict[str, str] = {}
-    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+    # Not splitlines(): captions may hold characters that it takes for ends of lines.
+    lines = path.read_text("utf-8", "replace").split("\n") if path.exists() else []
     for line in lines:
-        try:
-            key, caption = json.loads(line)
-        except ValueError:
-            continue
-        known[key] = caption
+        with contextlib.suppress(ValueError, RecursionError):
+            match json.loads(line):
+                case [str(key), str(caption)]:
+                    known[key] = caption
     return known
 
 

@@ -44,10 +44,13 @@ class TextEncoder:
         """Load tokenizer and encoder."""
         path, pinned = locate(generator, revision, tiny.DIFFUSION)
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", revision=pinned)
-            self._model: Any = CLIPTextModel.from_pretrained(
-                path, subfolder="text_encoder", revision=pinned, dtype=torch.float32, use_safetensors=True
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                path, subfolder="tokenizer", revision=pinned, trust_remote_code=False
             )
+            self._model: Any = CLIPTextModel.from_pretrained(
+                path, subfolder="text_encoder", revision=pinned, dtype=torch.float32, use_safetensors=True,
+                trust_remote_code=False,
+            )  # fmt: skip
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"Embeddings need a `generator` at hand whose text encoder is CLIP's, as Stable Diffusion 1.x and 2.x "

@@ -191,11 +191,15 @@ def _typed(key: str, value: RunConfigValue, hint: object) -> RunConfigValue:
 def _check_ranges(settings: Settings) -> None:
     flat = settings.flat()
     for key, least in _AT_LEAST.items():
-        if typing.cast(float, flat[key]) < least:
-            raise ConfigError(f"`{key}` must be at least {least:g}, but is {flat[key]}. Use {max(least, 1):g} or more.")
+        number = typing.cast(float, flat[key])
+        if not least <= number < float("inf"):  # NaN is neither less nor more than anything
+            finite = "finite and " if isinstance(number, float) else ""
+            raise ConfigError(
+                f"`{key}` must be {finite}at least {least:g}, but is {number}. Use {max(least, 1):g} or more."
+            )
     for key, example in _POSITIVE.items():
         if not 0 < typing.cast(float, flat[key]) < float("inf"):
-            raise ConfigError(f"`{key}` must be > 0, but is {flat[key]:g}. Use {example}.")
+            raise ConfigError(f"`{key}` must be > 0 and finite, but is {flat[key]:g}. Use {example}.")
     if not _RUN_NAME.fullmatch(settings.run.run_name):
         raise ConfigError(
             f"`run-name` must be letters, digits, dots, hyphens and underscores (at most 100, the first a letter or "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import cast
 
 import torch
@@ -35,6 +37,12 @@ CLASS_NAMES = "class-names"
 
 MAX_PAYLOAD_BYTES = 32 * 2**20
 """Largest decompressed payload of one client."""
+_TOKENS_OF_ROW = 8
+"""Strings, brackets and commas of one row of prompts that has a domain."""
+_MIN_TOKENS = 1_000_000
+"""So many are parsed, some 100 MB of objects, even where fewer prompts are accepted, to be refused one by one."""
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,:\[{]', re.DOTALL)
+"""Begins a value of JSON or ends one; the last quote may be absent, so that nothing is searched through twice."""
 MAX_CLIENTS = 1_000_000
 MAX_UNREADABLE = 10_000_000
 
@@ -60,11 +68,13 @@ def encode_prompts(upload: Upload) -> bytes:
     return zlib.compress(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode(), 9)
 
 
-def decode_prompts(payload: bytes) -> list[object]:
+def decode_prompts(payload: bytes, max_prompts: int = 0) -> list[object]:
     """Unpack what a client uploaded; its rows are not checked yet, see :func:`fgl_app.prompts.screen_prompts`.
 
     Args:
         payload: Bytes as :func:`encode_prompts` makes them.
+        max_prompts: Prompts that are accepted of one client. What is far longer is not parsed: 32 MiB of ``{},{},...``,
+            a small message, would become 11 million objects.
 
     Raises:
         PromptError: If the whole is malformed or too large. The message holds no prompt.
@@ -74,6 +84,12 @@ def decode_prompts(payload: bytes) -> list[object]:
         raw = unzip.decompress(payload, MAX_PAYLOAD_BYTES)
         if unzip.unconsumed_tail or not unzip.eof:
             raise PromptError(f"A client's prompts must unpack to at most {MAX_PAYLOAD_BYTES} bytes, whole.")
+        most = max(_MIN_TOKENS, 2 * _TOKENS_OF_ROW * max_prompts)
+        if sum(1 for _ in islice(_TOKEN.finditer(raw), most + 1)) > most:
+            raise PromptError(
+                f"A client's prompts must have at most {most // _TOKENS_OF_ROW} rows, but have more. Let it send "
+                "fewer, or raise `max-prompts-per-client`."
+            )
         rows = json.loads(raw.decode("utf-8"))
     except (zlib.error, ValueError, RecursionError):
         raise PromptError("A client's prompts must be zlib-compressed UTF-8 JSON, but cannot be read.") from None
@@ -155,6 +171,11 @@ def embeddings_of(message: Message, length: int, width: int) -> tuple[dict[str, 
     packed = record.get(EMBEDDINGS) if isinstance(record, ConfigRecord) else None
     if not isinstance(packed, bytes) or len(packed) > MAX_PAYLOAD_BYTES:
         raise PromptError(f"A client's reply must hold at most {MAX_PAYLOAD_BYTES} bytes under {PROMPTS}/{EMBEDDINGS}.")
+    header_end = 8 + int.from_bytes(packed[:8], "little")  # of safetensors: JSON with one object for each tensor
+    if packed.count(b"{", 8, header_end) - 1 > max(1, (len(packed) - header_end) // (2 * width)):
+        raise PromptError(
+            f"A client's embeddings must each hold {width} numbers or more, but there are too few for all."
+        )
     try:
         tensors = load(packed)
     except Exception:  # safetensors raises an exception class of its own

@@ -44,7 +44,7 @@ class FGL(CheckedRounds):
         parameters: Names of the arrays that are trained.
         connect_timeout_s: Seconds to wait for the clients.
         min_clients: Quorum of connected clients and usable replies; see :class:`CheckedRounds`.
-        max_update_norm: Largest L2 norm of a client's update; 0 for any.
+        max_update_norm: Largest L2 norm of a client's update; 0 for ten times that of the weights it was sent.
         rounds_done: 0, or the finished rounds of an earlier start; with 1 or more, ``start()`` takes their weights as
             its initial arrays and neither pre-trains nor evaluates them again.
         ledger: Is told what leaves the clients in the rounds; None for nobody.

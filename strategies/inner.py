@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from typing import Any
 
 import flwr.serverapp.strategy
@@ -55,9 +56,12 @@ def build_inner(name: str, options: str, *, num_selected: int, weighting: str, e
                 f"`strategy-options` of {name} must be among {', '.join(own) or 'none'}, but hold {word!r}."
             )
         try:
-            keywords[key] = int(text) if text.lstrip("-").isdigit() else float(text)
+            number = int(text) if text.lstrip("-").isdigit() else float(text)
         except ValueError:
-            raise ConfigError(f"`strategy-options` must be KEY=NUMBER, but hold {word!r}. Use eta=0.1.") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise ConfigError(f"`strategy-options` must be KEY=NUMBER, but hold {word!r}. Use eta=0.1.")
+        keywords[key] = number
     try:
         strategy: Strategy = made(
             fraction_train=1.0,

@@ -219,7 +219,7 @@ class PromptRound:
             return
         try:
             payload = payload_of(reply)
-            rows = decode_prompts(payload)
+            rows = decode_prompts(payload, self._limits.max_prompts)
             if self._embedding_shape is not None:
                 embeddings, num_bytes = embeddings_of(reply, *self._embedding_shape)
         except PromptError as error:

@@ -103,7 +103,7 @@ class CheckedRounds(Strategy):
             min_clients: Quorum: so many must be connected when that time is over, and so many usable replies must come,
                 or all where fewer are asked. 0: all of ``num_clients`` must be connected, and one usable reply is
                 enough.
-            max_update_norm: Largest L2 norm of a client's update; 0 for any.
+            max_update_norm: Largest L2 norm of a client's update; 0 for ten times that of the weights it was sent.
             rounds_done: Rounds that came before the first one.
             ledger: Is told what leaves the clients; None for nobody.
         """
@@ -135,6 +135,7 @@ class CheckedRounds(Strategy):
         """What clients sent in a round and was not used, by round."""
         self.unreadable_images: dict[int, dict[str, int]] = {}
         """Files that clients who trained in a round could not read, by round and client."""
+        self._unreadable_told: dict[str, int] = {}
         self._dtypes: dict[str, str] = {}
 
     def configure_train(
@@ -194,10 +195,7 @@ class CheckedRounds(Strategy):
             lambda reply: update_fault(reply, sent, self._max_update_norm, norm_bit=norm_bit, must_move=private),
         )
         self.model_bytes[number] = [serialized_bytes(reply) for reply in ordered]
-        name_of = self.refusals[number].name_of
-        self.unreadable_images[number] = {
-            str(name_of(reply.metadata.src_node_id)): count for reply in ordered if (count := num_unreadable_of(reply))
-        }
+        self._note_unreadable(number, ordered)
         contents = [reply.content for reply in ordered]
         for content in contents:
             arrays = content.array_records[ARRAYS]  # Flower's clipping goes by places, not by names
@@ -357,6 +355,19 @@ class CheckedRounds(Strategy):
         if len(usable) < num_asked:
             log(WARNING, "round %s (%s): %s", number, exchange, failed)
         return usable
+
+    def _note_unreadable(self, number: int, replies: Iterable[Message]) -> None:
+        """Keep how many images each client could not read, and log what was not logged before."""
+        name_of = self.refusals[number].name_of
+        found = {
+            str(name_of(reply.metadata.src_node_id)): count for reply in replies if (count := num_unreadable_of(reply))
+        }
+        secret = self._seed is None and self._fraction_train < 1  # nobody may know who was drawn
+        for client, count in found.items():
+            if not secret and self._unreadable_told.get(client) != count:
+                log(WARNING, "round %s (train): client %s cannot read %s images", number, client, count)
+        self._unreadable_told |= found
+        self.unreadable_images[number] = found
 
 
 def num_sampled(fraction_train: float, num_clients: int) -> int:

@@ -27,6 +27,10 @@ _NPY_HEADER_BYTES = 4096
 """More than the header of any array in NumPy's format takes."""
 _NO_MOVE = 1e-30
 """Squared norm of an update below which its norm in float32 may be 0."""
+_MOST_GROWTH = {False: 10.0, True: 1000.0}
+"""By how much local training may multiply the norm of the weights, and (True) of BatchNorm's statistics, where
+`max-update-norm` is 0: honest training stays far below, and what is above makes the mean useless, or NaN."""
+_STATISTICS = ("running_mean", "running_var")
 _NO_EVALUATION = Evaluation(0.0, 0.0, 0, torch.zeros(0))
 
 
@@ -43,7 +47,8 @@ def update_fault(
     Args:
         reply: The client's answer to ``train``.
         sent: The weights w that it was sent; names, shapes and dtypes must be theirs.
-        max_update_norm: Largest ||w_i - w||_2 over all floating-point arrays; 0 for any.
+        max_update_norm: Largest ||w_i - w||_2 over all floating-point arrays; with 0, ||w_i|| may be 10 times ||w||,
+            and 1000 times for BatchNorm's statistics, either of which counts as 1 at least.
         norm_bit: Whether the client has to say if it clipped its update.
         must_move: Whether w_i must differ from w; Flower's clipping on the server divides by the norm.
 
@@ -64,12 +69,14 @@ def update_fault(
     if not isinstance(arrays, ArrayRecord) or len(reply.content.array_records) != 1 or set(arrays) != set(sent):
         return "arrays that are not the model's"
     square = 0.0
+    grown = {kind: [0.0, 0.0] for kind in _MOST_GROWTH}  # squares of the norms before and after
     for name, before in sent.items():
         expected, found = values_of(before), _readable(arrays[name], before)
         if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
             return "arrays that have not the model's shapes and types"
         if np.issubdtype(found.dtype, np.floating):
-            if not _all_finite(found):
+            told = _square_norm(found)  # where it is finite, one pass without a mask has shown that all are
+            if not (math.isfinite(told) or np.isfinite(found).all()):
                 return "weights that are not finite"
             if name.endswith("running_var") and (found < 0).any():
                 return "variances below 0"
@@ -77,8 +84,15 @@ def update_fault(
                 with np.errstate(over="ignore"):  # what overflows is infinite, and above every norm
                     difference = found - expected
                     square += float(np.vdot(difference, difference))
+            if not max_update_norm:
+                squares = grown[name.endswith(_STATISTICS)]
+                squares[0] += _square_norm(expected)
+                squares[1] += told
     if max_update_norm and math.sqrt(square) > max_update_norm:
         return "an update whose norm is above `max-update-norm`"
+    for kind, (before_square, after_square) in grown.items():
+        if after_square > _MOST_GROWTH[kind] ** 2 * max(1.0, before_square):
+            return f"weights more than {_MOST_GROWTH[kind]:g} times as large as those that it was sent"
     if must_move and square < _NO_MOVE:
         return "weights that have not changed"
     return None
@@ -128,7 +142,7 @@ def _readable(array: Array, before: Array) -> np.ndarray | None:
         return None
 
 
-def _all_finite(values: np.ndarray) -> bool:
-    """Return whether all are finite: where their sum of squares is, one pass without a mask has shown it."""
+def _square_norm(values: np.ndarray) -> float:
+    """Return ||values||^2; infinite where that is too large for their type, NaN where one of them is."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.vdot(values, values))) or bool(np.isfinite(values).all())
+        return float(np.vdot(values, values))

@@ -2,11 +2,16 @@
 
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 from fgl_app.config import APP_FOLDER, default_run_config, parse_run_config
+from fgl_app.records import MAX_PAYLOAD_BYTES
 from fgl_app.simulation import parse_overrides
 
 README = (APP_FOLDER / "README.md").read_text("utf-8")
@@ -46,3 +51,27 @@ def test_the_commands_of_the_readme_are_targets(target):
 
     assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     assert Path(APP_FOLDER / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_what_the_defences_need_is_installed_wherever_the_application_is():
+    project = tomllib.loads((APP_FOLDER / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    dockerfile = (APP_FOLDER / "docker" / "Dockerfile").read_text("utf-8")
+    (script,) = re.findall(r'^RUN python3 -c "(.*?)" *(?:\\\n *)?> /requirements.txt$', dockerfile, re.M | re.S)
+
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("\\\n", "")], cwd=APP_FOLDER, capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.split("\n")[:-1] == [*project["dependencies"], *extras["audit"], *extras["privacy"]]
+    for page in ("Makefile", "examples/deployment/README.md"):
+        (installed,) = re.findall(r"pip install.* --editable (?!'\.\[dev)(\S+)", (APP_FOLDER / page).read_text("utf-8"))
+        assert installed.endswith("[audit,privacy]'"), page
+
+
+def test_the_gate_lets_the_largest_message_of_a_client_through():
+    gate = (APP_FOLDER / "examples" / "deployment" / "gate.conf").read_text("utf-8")
+    (megabytes,) = re.findall(r"^ *client_max_body_size (\d+)m;$", gate, re.M)
+
+    # Prompts and embeddings travel in one piece, weights in several.
+    assert int(megabytes) * 2**20 > 2 * MAX_PAYLOAD_BYTES + FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE

@@ -98,8 +98,9 @@ def _of_transformers(source: str, device: torch.device) -> Backbone:
 
     path, revision = locate(source, "")
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(path, revision=revision)
-        model: Any = AutoModel.from_pretrained(path, revision=revision, use_safetensors=True).eval().to(device)
+        processor: Any = AutoImageProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+        model: Any = AutoModel.from_pretrained(path, revision=revision, use_safetensors=True, trust_remote_code=False)
+        model.eval().to(device)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"`--backbone` must be pixels, classifier, a classifier of torchvision, or a vision model of transformers "

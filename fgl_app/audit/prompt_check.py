@@ -52,7 +52,7 @@ def check_captions(file: Path) -> Check:
             has classes and counts, a ``prompts.jsonl``, or one text a line.
 
     Raises:
-        RunFolderError: If it cannot be read.
+        RunFolderError: If it cannot be read, or labels or counts in it are no numbers.
         ConfigError: If the extra ``audit`` is not installed.
     """
     prompts, class_names = read_captions(file)
@@ -72,25 +72,30 @@ def read_captions(file: Path) -> tuple[list[PromptCount], tuple[str, ...]]:
     """
     try:
         text = file.expanduser().read_text("utf-8")
-        lines = [line for line in text.split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RunFolderError(
             f"{str(file)!r} must be a text file of captions or prompts, but cannot be read ({type(error).__name__})."
         ) from None
-    with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, RecursionError):
         rows = [(str(row[0]), int(row[1]), str(row[2]), str(row[3])) for row in json.loads(text)["prompts"]]
         names = sorted({row[0] for row in rows})
         return [PromptCount(names.index(name), text, count, domain) for name, count, text, domain in rows], tuple(names)
     counts: Counter[tuple[int, str, str]] = Counter()
-    for line in lines:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = line
         if isinstance(value, dict) and "prompt" in value:
-            counts[int(value.get("label", 0)), str(value["prompt"]), str(value.get("domain", ""))] += int(
-                value.get("count", 1)
-            )
+            label, count = value.get("label", 0), value.get("count", 1)
+            if not (type(label) is type(count) is int and label >= 0 and count >= 1):
+                raise RunFolderError(
+                    "`label` beside a prompt must be a whole number from 0 on and `count` one from 1 on, as in a "
+                    f"prompts.jsonl, but in line {number} of {str(file)!r} they are not. Correct or omit them."
+                )
+            counts[label, str(value["prompt"]), str(value.get("domain", ""))] += count
         elif isinstance(value, list) and len(value) == 2:
             counts[0, str(value[1]), ""] += 1
         else:

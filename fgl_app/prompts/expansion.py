@@ -56,10 +56,10 @@ class LanguageModelWriter:
 
         path, pinned = locate(source, revision)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=pinned)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=pinned, trust_remote_code=False)
             self._model: Any = AutoModelForCausalLM.from_pretrained(
                 path, revision=pinned, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-                use_safetensors=True,
+                use_safetensors=True, trust_remote_code=False,
             )  # fmt: skip
         except (OSError, ValueError) as error:
             raise ModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,8 @@ from fgl_app.reporting.finished_run import FinishedRun, drawn_set
 from fgl_app.store import UnitStore, as_ids
 
 Form = Literal["folder", "parquet", "webdataset"]
+_NAME_BYTES = 200
+"""Of a folder's name; file systems take 255."""
 _CHUNK = 1024
 """Images in memory at a time."""
 _SHARD_IMAGES = 10_000
@@ -73,10 +76,11 @@ def _png(image: torch.Tensor) -> bytes:
 
 def _write_folder(images: Iterator[tuple[str, int, bytes]], names: tuple[str, ...], folder: Path) -> int:
     count = 0
-    for name in names:
-        (folder / _file_name(name)).mkdir()
+    folders = [folder / name for name in _folder_names(names)]
+    for path in folders:
+        path.mkdir()
     for sample_id, label, png in images:
-        (folder / _file_name(names[label]) / f"{sample_id}.png").write_bytes(png)
+        (folders[label] / f"{sample_id}.png").write_bytes(png)
         count += 1
     return count
 
@@ -117,6 +121,21 @@ def _write_tars(images: Iterator[tuple[str, int, bytes]], names: tuple[str, ...]
     return count
 
 
+def _folder_names(names: tuple[str, ...]) -> list[str]:
+    """Return the name of a folder for each class, all different, also where a file system ignores case.
+
+    Names that need no change keep theirs; the others get the number of their class behind them where two are alike.
+    """
+    found = [_file_name(name) for name in names]
+    taken: set[str] = set()
+    for label in sorted(range(len(names)), key=lambda label: found[label] != names[label]):
+        while (key := unicodedata.normalize("NFKC", found[label]).casefold()) in taken:
+            found[label] += f"-{label}"
+        taken.add(key)
+    return found
+
+
 def _file_name(name: str) -> str:
-    """A class name as the name of a folder: letters of clients never leave the target."""
-    return "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in name).strip() or "_"
+    """A class name as the name of a folder: letters of clients never leave the target, nor are they too many."""
+    safe = "".join(letter if letter.isalnum() or letter in " -_" else "_" for letter in name)
+    return safe.encode()[:_NAME_BYTES].decode("utf-8", "ignore").strip() or "_"

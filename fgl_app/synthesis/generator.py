@@ -129,7 +129,7 @@ def load_pipeline(
     source, pinned = locate(settings.generator, settings.generator_revision, tiny.DIFFUSION)
     try:
         pipeline = AutoPipelineForText2Image.from_pretrained(
-            source, revision=pinned, dtype=chosen, use_safetensors=True
+            source, revision=pinned, dtype=chosen, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ModelError(

@@ -47,11 +47,15 @@ class LabelJudge:
         path, pinned = locate(source, revision)
         self._device = device
         try:
-            self._zero_shot = hasattr(AutoConfig.from_pretrained(path, revision=pinned), "text_config")
+            config = AutoConfig.from_pretrained(path, revision=pinned, trust_remote_code=False)
+            self._zero_shot = hasattr(config, "text_config")
             kind = AutoModelForZeroShotImageClassification if self._zero_shot else AutoModelForImageClassification
-            self._model: Any = kind.from_pretrained(path, revision=pinned, use_safetensors=True).to(device).eval()
+            self._model: Any = kind.from_pretrained(
+                path, revision=pinned, use_safetensors=True, trust_remote_code=False
+            )
+            self._model.to(device).eval()
             self._processor: Any = (AutoProcessor if self._zero_shot else AutoImageProcessor).from_pretrained(
-                path, revision=pinned
+                path, revision=pinned, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             raise ModelError(

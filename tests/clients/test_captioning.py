@@ -113,6 +113,22 @@ def test_captions_are_kept_by_the_images_hash_so_that_an_interruption_resumes(tm
     assert cached(None)(images) == captions  # nothing is loaded where nothing is missing
 
 
+def test_kept_captions_with_odd_line_ends_are_read_and_lines_that_are_none_passed_over(tmp_path):
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    caption = "a line\u2028separator, a next\u0085line and [1, 2]"
+
+    def cached(captioner) -> CachedCaptioner:
+        return CachedCaptioner(lambda: captioner, identity=("c",), batch_size=8, folder=tmp_path)
+
+    cached(lambda batch: [caption])(image)
+    (kept,) = tmp_path.iterdir()
+    lines = kept.read_text("utf-8")
+    for line in ("5", '["one"]', '["key", 3]', '{"a": 1, "b": 2}', '"ab"', "[1, 2, 3]", "[" * 100_000):
+        kept.write_text(f"{line}\n{lines}\n{line}", "utf-8")
+
+        assert cached(None)(image) == [caption]  # it was read: nothing is loaded
+
+
 def test_equal_images_are_captioned_once(tmp_path):
     asked: list[int] = []
     cached = CachedCaptioner(

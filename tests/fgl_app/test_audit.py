@@ -10,6 +10,7 @@ from scipy.stats import t as student
 from typer.testing import CliRunner
 
 from clients.approval import wait_for_approval
+from fgl_app.audit.prompt_check import read_captions
 from fgl_app.audit.tables import comparison
 from fgl_app.checks import check_settings
 from fgl_app.cli import cli
@@ -219,6 +220,15 @@ def test_plain_lines_and_prompts_are_captions_too(tmp_path):
 
     content = json.loads((tmp_path / "found" / "audit.json").read_text())["prompts"]
     assert content["images_per_class"] == {"0": 2, "3": 4}
+
+
+@pytest.mark.parametrize("told", ['"label": "cat"', '"label": null', '"label": -1', '"count": 0', '"count": "many"'])
+def test_a_label_or_a_count_that_is_no_number_is_named_by_its_line(tmp_path, told):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "a dog"}}\n\n{{"prompt": "x", {told}}}\n')
+
+    with pytest.raises(RunFolderError, match=r"must be a whole number .* in line 3 of"):
+        read_captions(file)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])

@@ -4,8 +4,10 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from PIL import Image
+from typer.testing import CliRunner
 
 from fgl_app.cards import load_card
+from fgl_app.cli import cli
 from fgl_app.client_app import app
 from fgl_app.config import parse_run_config
 from fgl_app.models import to_arrays
@@ -91,6 +93,34 @@ def test_a_node_whose_owner_approved_no_prompts_trains_and_evaluates_nothing(
     for kind in ("train", "evaluate"):
         node = {"partition-id": 1, "num-partitions": 3, "require-approval": True}
         assert ask(run_config, kind, node, content).error.code == 105
+
+
+@pytest.mark.parametrize("by_the_run", [True, False])
+def test_no_prompt_leaves_a_node_before_its_owner_has_approved_it(
+    run_config, settings, monkeypatch, tmp_path, by_the_run
+):
+    monkeypatch.setenv("FGL_CACHE", str(tmp_path))
+    run_config = run_config | {"prompt-deadline-s": 0.1, "require-approval": by_the_run}
+    node = {"partition-id": 0, "num-partitions": 3} | ({} if by_the_run else {"require-approval": True})
+    sent = initial_arrays(settings, settings.card.class_names())
+    content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
+
+    before = ask(run_config, "query.prompts", node)
+    (name,) = CliRunner().invoke(cli, ["approve"]).output.split()
+    shown = CliRunner().invoke(cli, ["approve", name], input="n\n").output
+    still = ask(run_config, "query.prompts", node)
+    CliRunner().invoke(cli, ["approve", name, "--yes"], catch_exceptions=False)
+    after = ask(run_config, "query.prompts", node)
+
+    for reply in (before, still):
+        assert (reply.error.code, reply.has_content()) == (105, False)
+        assert not any(class_name in reply.error.reason for class_name in settings.card.class_names())
+    rows = decode_prompts(payload_of(after))
+    assert rows
+    for class_name, count, prompt in rows:  # exactly what the owner saw
+        assert f"{class_name}\t{count}\t{prompt}\n" in shown
+    assert shown.count("\t") == 2 * len(rows)
+    assert not ask(run_config, "train", node, content).has_error()
 
 
 def test_a_wrong_model_is_answered_with_its_code(run_config):

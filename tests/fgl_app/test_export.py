@@ -1,5 +1,7 @@
 """Exported sets are read back by the libraries that they are meant for."""
 
+import dataclasses
+
 import pytest
 import webdataset
 from datasets import load_dataset
@@ -86,6 +88,19 @@ def test_a_run_that_deleted_its_prompts_is_exported_alike(run, tmp_path):
 
     folder = ImageFolder(tmp_path / "out")
     assert {path.rsplit("/", 1)[1][:-4]: folder.classes[label] for path, label in folder.samples} == wanted
+
+
+def test_whatever_classes_are_called_each_has_a_folder_of_its_own(run, tmp_path):
+    names = ("a/b", "a_b", "A_B", "猫" * 100, "猫" * 99 + "犬", "..", "/", "a_b-0", " ", "zero")
+    named = dataclasses.replace(run, class_names=names)
+
+    assert export(named, "folder", tmp_path / "out") == 20
+
+    # Of 3 bytes each, 66 fit into 200. "a_b" and "a_b-0" are taken as they are, so that "a/b" goes on to "a_b-0-0".
+    wanted = ["a_b-0-0", "a_b", "A_B-2", "猫" * 66, "猫" * 66 + "-4", "__", "_", "a_b-0", "_-8", "zero"]
+    written = {path.stem: path.parent.name for path in (tmp_path / "out").glob("*/*.png")}
+    labels = {name: wanted[label] for label, name in enumerate(names)}
+    assert written == {sample: labels[name] for sample, name in expected(named).items()}
 
 
 def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 
 import pytest
@@ -55,6 +56,29 @@ def test_any_configuration_is_settings_or_a_sentence(changed):
     except ConfigError:
         return
     assert isinstance(found, Settings)
+
+
+OF_TYPE = {bool: st.booleans(), int: st.integers(), float: st.floats(), str: st.text()}
+
+
+@given(st.sampled_from(sorted(DEFAULTS)).flatmap(lambda key: st.tuples(st.just(key), OF_TYPE[type(DEFAULTS[key])])))
+def test_one_value_of_the_right_type_is_kept_if_it_is_a_finite_number_or_no_number(changed):
+    key, value = changed
+    try:
+        found = parse_run_config(DEFAULTS | {key: value}).flat()
+    except ConfigError:
+        return
+    assert not isinstance(value, float) or math.isfinite(value), key
+    assert all(math.isfinite(number) for number in found.values() if isinstance(number, float))
+
+
+@given(
+    st.sampled_from(sorted(key for key, value in DEFAULTS.items() if isinstance(value, float))),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+)
+def test_every_number_must_be_finite(key, value):
+    with pytest.raises(ConfigError, match=f"`{key}` must"):
+        parse_run_config(DEFAULTS | {key: value})
 
 
 _numbers = itertools.count()

@@ -1,3 +1,5 @@
+import json
+import re
 import zlib
 
 import numpy as np
@@ -64,6 +66,30 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
         decode_prompts(zlib.compress(b"[" + b" " * 10**6 + b"]"))
 
 
+@pytest.mark.parametrize("unit", [b"{},", b"[],", b'"a",', b"1.5,", b'["a",1,"b"],', b'{"a":{}},', b'"\\"",'])
+def test_a_message_of_very_many_values_is_not_parsed(unit):
+    count = 1_000_001 // len(re.findall(rb'"a"|"b"|"\\""|[\[{:,]', unit)) + 1
+
+    with pytest.raises(PromptError, match="at most 125000 rows"):
+        decode_prompts(zlib.compress(b"[" + unit * count + b"0]"))
+
+
+def test_as_many_prompts_as_are_accepted_are_parsed_whatever_they_hold():
+    rows = [["cat", 1, f'a "[{{,:\\ {number}', "sketch"] for number in range(70_000)]
+    prompts = [PromptCount(0, row[2], row[1], row[3]) for row in rows]
+    payload = encode_prompts(Upload(prompts, ("cat",)))
+
+    assert decode_prompts(payload) == rows  # 8 * 70,000 tokens, fewer than are always parsed
+    with pytest.raises(PromptError, match="`max-prompts-per-client`"):
+        decode_prompts(encode_prompts(Upload(prompts * 2, ("cat",))), 10)
+    assert len(decode_prompts(encode_prompts(Upload(prompts * 2, ("cat",))), 70_000)) == 140_000
+
+
+def test_quotes_without_an_end_are_searched_once():
+    with pytest.raises(PromptError, match="cannot be read"):
+        decode_prompts(zlib.compress(b'["' + b'\\"' * 5_000_000))
+
+
 def test_ten_class_prompts_fit_the_papers_229_bytes():
     prompts = class_prompts(
         [label for label in range(10) for _ in range(80 + label)], CLASS_NAMES, ["A photo of a {class}"]
@@ -126,6 +152,16 @@ def test_embeddings_that_cannot_be_used_are_refused(embeddings, reason):
 
     with pytest.raises(PromptError, match=reason):
         embeddings_of(reply, 5, 8)
+
+
+def test_very_many_empty_embeddings_are_not_read():
+    header = json.dumps({f"{number}": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for number in range(9)})
+    packed = len(header).to_bytes(8, "little") + header.encode()
+
+    with pytest.raises(PromptError, match="too few for all"):
+        embeddings_of(sent(packed), 5, 8)
+    two = {embedding_name(tensor): tensor for tensor in (torch.zeros(1, 8).half(), torch.ones(1, 8).half())}
+    assert embeddings_of(sent(save(two)), 5, 8)[0].keys() == two.keys()  # no fewer numbers than each must hold
 
 
 some_tensors = st.builds(

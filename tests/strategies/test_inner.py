@@ -40,6 +40,7 @@ def test_options_reach_the_strategy():
         ("FedXgbBagging", "", "`strategy`"),
         ("FedAdam", "etta=1", "eta"),
         ("FedAdam", "eta=much", "KEY=NUMBER"),
+        ("FedAdam", "eta=nan", "KEY=NUMBER"),
         ("FedAvg", "fraction_train=0.5", "none"),
     ],
 )

@@ -140,18 +140,22 @@ def test_a_client_does_not_choose_its_weight_in_the_unweighted_mean(make_grid):
     assert arrays["weight"].numpy().tolist() == [2.0]
 
 
-def test_what_clients_cannot_read_is_noted_beside_the_round(make_grid):
+@pytest.mark.parametrize(("seed", "logged"), [(0, 1), (None, 0)])
+def test_what_clients_cannot_read_is_noted_beside_the_round_and_logged_once(make_grid, caplog, seed, logged):
     inner = build_inner("FedAvg", "", num_selected=3, weighting="examples", evaluate_on_clients=False)
-    strategy = CheckedRounds(inner, num_clients=3)
-    questions = list(strategy.configure_train(1, record([0.0]), ConfigRecord(), make_grid(num_clients=3)))
-    replies = []
-    for place, (question, told) in enumerate(zip(questions, (0, 4, -1), strict=True)):
-        content = {"arrays": record([1.0]), "metrics": training_metrics(10, 0.5), "client": client_record(place, told)}
-        replies.append(Message(RecordDict(content), reply_to=question))
+    strategy = CheckedRounds(inner, num_clients=3, seed=seed, fraction_train=0.9)  # 2.7, rounded up
+    for number in (1, 2):
+        questions = list(strategy.configure_train(number, record([0.0]), ConfigRecord(), make_grid(num_clients=3)))
+        replies = []
+        for place, (question, told) in enumerate(zip(questions, (0, 4, -1), strict=True)):
+            metrics, client = training_metrics(10, 0.5), client_record(place, told)
+            content = RecordDict({"arrays": record([1.0]), "metrics": metrics, "client": client})
+            replies.append(Message(content, reply_to=question))
 
-    strategy.aggregate_train(1, replies)
+        strategy.aggregate_train(number, replies)
 
-    assert strategy.unreadable_images == {1: {"1": 4}}
+    assert strategy.unreadable_images == {1: {"1": 4}, 2: {"1": 4}}
+    assert caplog.text.count("client 1 cannot read 4 images") == logged  # not where nobody may know who was drawn
 
 
 class Rows:

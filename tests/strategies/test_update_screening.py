@@ -91,6 +91,24 @@ def test_the_norm_of_an_update_is_bounded():
     assert "max-update-norm" in update_fault(found, SENT, 4.89)
 
 
+def test_weights_may_grow_tenfold_and_statistics_more_unless_a_norm_is_set():
+    sent = ArrayRecord({"weight": array([3.0, 4.0]), "bn.running_var": array([3.0, 4.0])})  # norms of 5
+
+    def told(weight: float, variance: float, max_norm: float = 0.0) -> str | None:
+        answer = reply()
+        answer.content["arrays"] = ArrayRecord(
+            {"weight": array([weight, 0.0]), "bn.running_var": array([variance, 0.0])}
+        )
+        return update_fault(answer, sent, max_norm)
+
+    assert told(49.9, 4999.0) is None
+    assert "more than 10 times" in told(-50.1, 5.0)
+    assert "more than 1000 times" in told(5.0, 5001.0)
+    assert told(50.1, 5001.0, max_norm=1e4) is None
+    # From zeros, as biases begin, the norm counts as 1.
+    assert update_fault(reply(arrays={"weight": array(np.full((2, 3), 4.0))}), SENT) is None  # 4 * sqrt(6) = 9.8
+
+
 def test_an_evaluation_that_is_none_is_named():
     good = Evaluation(0.5, 0.9, 10, torch.zeros(10))
     record = evaluation_metrics(good, good)
@@ -160,7 +178,7 @@ def test_whatever_arrives_only_an_update_that_keeps_every_rule_passes(changed, m
         assert set(record) == {"weight", "count"}
         assert (weight.shape, weight.dtype) == ((2, 3), np.dtype(np.float32))
         assert np.isfinite(weight).all()
-        assert not max_norm or np.linalg.norm(weight.astype(np.float64)) <= max_norm * (1 + 1e-9)
+        assert np.linalg.norm(weight.astype(np.float64)) <= (max_norm or 10.0) * (1 + 1e-6)  # of zeros that were sent
         assert (record["count"].numpy().shape, record["count"].numpy().dtype) == ((), np.dtype(np.int64))
         assert 1 <= found.content["metrics"]["num-examples"] <= 10_000_000
 
@@ -185,22 +203,60 @@ def scaled(factor):
     return lambda arrays: ArrayRecord({name: Array(value.numpy() * factor) for name, value in arrays.items()})
 
 
-def test_a_hostile_update_is_dropped_and_the_round_goes_on_without_it(make_grid, settings):
+def huge(arrays):
+    """Finite weights whose mean is finite as well, and whose loss is NaN."""
+    return ArrayRecord({name: Array(np.full_like(value.numpy(), 3e38)) for name, value in arrays.items()})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (scaled(np.float32("nan")), "weights that are not finite"),
+        (huge, "weights more than 10 times as large as those that it was sent"),
+        (scaled(np.float32(1e3)), "weights more than 10 times as large as those that it was sent"),
+    ],
+)
+def test_a_hostile_update_is_dropped_and_the_round_goes_on_without_it(make_grid, settings, change, reason):
     from fgl_app.phases import initial_arrays
 
     start = initial_arrays(settings, settings.card.class_names())
     grids = make_grid(), make_grid()
     del grids[1].node_configs[1000]
     found = []
-    for grid, clients in (Tampering(grids[0], scaled(np.float32("nan"))), 3), (grids[1], 2):
+    for grid, clients in (Tampering(grids[0], change), 3), (grids[1], 2):
         inner = build_inner("FedAvg", "", num_selected=2, weighting="examples", evaluate_on_clients=False)
         strategy = CheckedRounds(inner, num_clients=clients)
         found.append((strategy, strategy.start(grid, start, num_rounds=1).arrays))
 
     assert found[0][0].refusals[1].rows() == [
-        {"client": 0, "node": "1000", "reason": "Refused: weights that are not finite.", "count": 1}
+        {"client": 0, "node": "1000", "reason": f"Refused: {reason}.", "count": 1}
     ]
     assert found[0][1]["9.weight"].numpy().tobytes() == found[1][1]["9.weight"].numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "weight"),
+    [
+        ("FedAvg", "", 2.6),  # (0.9 + 1 + 1 + 1.1 + 9) / 5: what a plain mean makes of it
+        ("FedMedian", "", 1.0),
+        ("FedTrimmedAvg", "beta=0.2", 3.1 / 3),  # without one from below and one from above
+        ("Krum", "num-malicious-nodes=1", 1.0),  # the one whose nearest others are nearest
+    ],
+)
+def test_a_hostile_update_within_the_bound_has_no_influence_under_a_robust_mean(make_grid, strategy, options, weight):
+    inner = build_inner(strategy, options, num_selected=5, weighting="uniform", evaluate_on_clients=False)
+    rounds = CheckedRounds(inner, num_clients=5)
+    sent = ArrayRecord({"weight": array([1.0, 1.0])})
+    questions = list(rounds.configure_train(1, sent, ConfigRecord(), make_grid(num_clients=5)))
+    replies = []
+    for question, value in zip(questions, (0.9, 1.0, 1.0, 1.1, 9.0), strict=True):
+        content = {"arrays": ArrayRecord({"weight": array([value, value])}), "metrics": training_metrics(10, 0.5)}
+        replies.append(Message(RecordDict(content), reply_to=question))
+
+    found, _ = rounds.aggregate_train(1, replies)
+
+    assert rounds.refusals[1].rows() == []  # nothing about it can be refused by a rule
+    assert found["weight"].numpy() == pytest.approx(weight, abs=1e-6)
 
 
 def test_updates_that_leave_fewer_than_the_quorum_end_the_run(make_grid, settings):
