@@ -23,6 +23,8 @@ from fgl_app.synthesis.plan import Plan
 
 _PROGRESS_INTERVAL_S = 5.0
 _POLL_S = 2.0
+_POLLS_APART = 20
+"""Times that reading the index takes, between two reads: some seconds where the store holds millions of images."""
 _READ_ATTEMPTS = 3
 """Times that damaged units are drawn again before the disk is blamed."""
 
@@ -146,7 +148,9 @@ def _adopt_from_neighbours(store: UnitStore, run_folder: Path, wanted: Ids) -> N
 def _wait(store: UnitStore, wanted: Ids, wait_s: float, report_progress: Callable[[str], None]) -> None:
     held, changed = -1, time.monotonic()
     while held < len(wanted):
+        began = time.monotonic()
         now = int(store.index().holds(wanted).sum())
+        pause_s = max(_POLL_S, _POLLS_APART * (time.monotonic() - began))
         if now != held:
             held, changed = now, time.monotonic()
             report_progress(f"synthesis: waiting for a worker elsewhere, {held:,} of {len(wanted):,} images are there")
@@ -156,7 +160,7 @@ def _wait(store: UnitStore, wanted: Ids, wait_s: float, report_progress: Callabl
                 f"and {len(wanted) - held:,} images are missing. Start `fgl synthesize` with the run's plan.json, then "
                 "start the run again with the same `run-name`."
             )
-        time.sleep(min(_POLL_S, wait_s))
+        time.sleep(min(pause_s, wait_s))
 
 
 def _run_worker(
