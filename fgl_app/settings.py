@@ -334,10 +334,13 @@ class Settings:
         return form
 
     def public_texts(self, class_names: Iterable[str]) -> list[str]:
-        """Return what anybody may know of the run's prompts: the names of its classes and domains, the templates."""
+        """Return what anybody may know of the clients' prompts: the names of classes and domains, the templates.
+
+        The styles are left out: no client writes them, and who allows a few words only has not allowed theirs.
+        """
         names = list(class_names)
         forms = [self.prompt_form(domain) for domain in (None, *self.card.domains)]
-        templates = [text for form in forms for text in (*form.class_templates, form.instance_template, *form.styles)]
+        templates = [text for form in forms for text in (*form.class_templates, form.instance_template)]
         return [*names, *self.card.prompt_names(names), *self.card.domains, *templates]
 
 

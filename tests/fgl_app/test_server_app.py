@@ -152,6 +152,39 @@ def test_rare_captions_become_their_classes_prompt(train_rounds):
     assert any(row["prompt"] not in fallback for row in rows)
 
 
+def prompts_of(run):
+    return read_json_lines(run / "prompts.jsonl")
+
+
+def test_captions_hold_the_allowed_words_alone_and_not_too_many(train_rounds, tmp_path):
+    vocabulary = tmp_path / "words.txt"
+    vocabulary.write_text("bold\nleft\n")
+    known = {"bold", "left", "handwritten", "a", "photo", "of", "the", "digit", *load_card("digits").class_names()}
+
+    allowed = train_rounds("allowed", 1, prompt_level="instance", caption_vocabulary=str(vocabulary))
+    short = train_rounds("short", 1, prompt_level="instance", max_caption_words=2)
+
+    captions = [row["prompt"].partition(", ")[2].split() for row in prompts_of(allowed)]
+    assert set().union(*captions) <= known
+    assert {"bold", "left"} <= set().union(*captions)
+    assert {len(row["prompt"].partition(", ")[2].split()) for row in prompts_of(short)} == {2}
+
+
+def test_counts_are_noised_and_one_clients_share_is_bounded(train_rounds):
+    exact = {row["label"]: row["count"] for row in prompts_of(train_rounds("exact", 1, partition="iid"))}
+    noised = train_rounds("noised", 1, partition="iid", prompt_counts="noised", counts_epsilon=1.0, weighting="uniform")
+    skewed = {"partition": "dirichlet", "dirichlet_beta": 0.5}
+    claimed, bounded = (
+        sum(row["count"] for row in prompts_of(train_rounds(f"share-{share}", 1, **skewed, max_client_share=share)))
+        for share in (1.0, 0.4)
+    )
+
+    told = {row["label"]: row["count"] for row in prompts_of(noised)}
+    assert told != exact
+    assert all(abs(told[label] - count) < 40 for label, count in exact.items())  # three clients, scale 1 each
+    assert bounded < claimed == sum(exact.values()) == 838
+
+
 def test_hidden_classes_and_counts(train_rounds):
     held = train_rounds("open", 1, partition="pathological", classes_per_client=1)
     hidden = train_rounds(
