@@ -11,7 +11,7 @@ from fgl_app.audit.backbones import open_backbone
 from fgl_app.audit.material import all_real_images, open_material
 from fgl_app.audit.replication_check import check_replication
 from fgl_app.config import default_run_config, parse_run_config
-from fgl_app.data.images import ImageSet
+from fgl_app.data.images import ImageSet, resize
 from fgl_app.data.sources import load_split
 from fgl_app.errors import ConfigError, DataError
 from fgl_app.models import build_model
@@ -89,6 +89,22 @@ def test_a_vision_model_of_a_folder_gives_features(tmp_path):
 
     assert found.shape == (3, 16)
     assert len(np.unique(found, axis=0)) == 3
+
+
+def test_a_classifier_of_torchvision_gives_the_features_of_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / torchvision.models.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    file.parent.mkdir(parents=True)
+    model = torchvision.models.resnet18().eval()
+    torch.save(model.state_dict(), file)
+    images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
+
+    found = open_backbone("resnet18", lambda: torch.nn.Identity(), 16, CPU)(ImageSet(images, torch.zeros(3)))
+
+    model.fc = torch.nn.Identity()
+    with torch.inference_mode():
+        expected = model(torchvision.models.ResNet18_Weights.DEFAULT.transforms()(resize(images, 224)))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_backbone_that_does_not_exist_is_refused(tmp_path):
