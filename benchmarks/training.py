@@ -95,7 +95,7 @@ def main() -> None:
     stored = (F.interpolate(coarse, STORED_SIZE, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
     labels = torch.arange(chosen.images) % NUM_CLASSES
     with tempfile.TemporaryDirectory() as root:
-        for label in range(NUM_CLASSES):
+        for label in labels.unique().tolist():
             (Path(root) / str(label)).mkdir()
 
         def write(index: int) -> None:
