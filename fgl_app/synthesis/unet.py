@@ -184,19 +184,19 @@ class _Transformer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
         batch, _, height, width = hidden.shape
-        on_tokens = isinstance(self.proj_in, nn.Conv2d)  # 1.x projects pixels, 2.x tokens
+        on_pixels = isinstance(self.proj_in, nn.Conv2d)  # 1.x projects pixels, 2.x tokens
         tokens = self.norm(hidden)
-        if on_tokens:
+        if on_pixels:
             tokens = self.proj_in(tokens)
         tokens = tokens.permute(0, 2, 3, 1).reshape(batch, height * width, -1)  # channels last: no copy
-        if not on_tokens:
+        if not on_pixels:
             tokens = self.proj_in(tokens)
         for block in self.blocks:
             tokens = block(tokens, context)
-        if not on_tokens:
+        if not on_pixels:
             tokens = self.proj_out(tokens)
         pixels = tokens.reshape(len(tokens), height, width, -1).permute(0, 3, 1, 2)
-        if on_tokens:
+        if on_pixels:
             pixels = self.proj_out(pixels)
         output: torch.Tensor = pixels + _as_many(hidden, len(pixels))
         return output
