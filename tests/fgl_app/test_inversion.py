@@ -48,13 +48,14 @@ def test_more_noise_leaves_fewer_words(readings):
 
 def test_clipping_hides_nothing_and_noise_does(encoder):
     clipped = read(sent(encoder, TEXTS[1:2], clip_norm=1.0))
-    noisy = read(sent(encoder, TEXTS[1:2], clip_norm=20.0, epsilon=8.0))
+    noisy = read(sent(encoder, clip_norm=20.0, epsilon=8.0))
 
     assert clipped.errors[0] < CERTAIN_ERROR
     assert recovered_share(TEXTS[1], clipped.texts[0]) == 1
-    assert noisy.errors[0] > 0.5
-    # Long nonsense may hold the right words by chance, as the noise is no seed's: of all that is read few are right.
-    assert recovered_share(noisy.texts[0], TEXTS[1]) < 0.5
+    assert min(noisy.errors) > 0.5
+    # Nonsense holds right words by chance, the more of them the longer it is: of all that is read few are right.
+    right = [recovered_share(guess, text) for text, guess in zip(TEXTS, noisy.texts, strict=True)]
+    assert sum(right) / len(right) < 0.5
     assert noisy.shares == []
 
 
