@@ -11,6 +11,7 @@ import pytest
 import yaml
 from commands import results
 
+from fgl_app import tiny
 from fgl_app.config import APP_FOLDER
 
 pytestmark = pytest.mark.nightly
@@ -127,6 +128,22 @@ def test_a_cluster_of_ray_draws_the_same_images(demo, first_run, tmp_path):
     assert units(run) == drawn
 
 
+def test_models_that_are_mounted_are_used_and_nothing_is_downloaded(demo):
+    for name in (tiny.DIFFUSION, tiny.CAPTIONER):
+        shutil.copytree(tiny.folder_of(name), demo / "models" / name)
+        (demo / "models" / name).chmod(0o755)  # the containers' user has another number
+    config = 'run-name="mounted" dataset="folder" num-clients=3 num-server-rounds=1 image-size=8 model="cnn" '
+    config += "images-per-class=16 num-inference-steps=4 server-epochs=2 server-finetune-epochs=0 "
+    config += f'generator="/models/{tiny.DIFFUSION}" prompt-level="instance" captioner="/models/{tiny.CAPTIONER}"'
+
+    output = job(FGL_RUN_CONFIG=config)  # no container reaches anything outside
+
+    assert "finished:completed" in output
+    prompts = (demo / "runs" / "mounted" / "prompts.jsonl").read_text()
+    assert "handwritten" in prompts
+    assert results(demo / "runs" / "mounted")["prompt_round"]["clients_used"] == 3
+
+
 def test_a_run_that_failed_makes_the_job_fail(demo):
     config = 'run-name="none" dataset="folder" class-names="cat,dog" num-clients=3 image-size=8'
 
@@ -178,7 +195,7 @@ def test_the_sites_reach_the_fleet_api_of_the_server_and_nothing_else(demo):
 
 
 def test_nothing_runs_as_root_and_everything_is_healthy(demo):
-    for service in ("superlink", "site0", "site1", "site2"):
+    for service in ("superlink", "gate", "site0", "site1", "site2"):
         container = do(["docker", "ps", "--quiet", "--filter", f"name={PROJECT}.{service}"]).strip()
         assert do(["docker", "exec", container, "id", "--user"]).strip() == "1000"
         assert do(["docker", "inspect", "--format", "{{.State.Health.Status}}", container]).strip() == "healthy"

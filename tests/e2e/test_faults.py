@@ -3,7 +3,6 @@
 import shutil
 import time
 
-import psutil
 import pytest
 from commands import results
 from federation import Federation, federation
@@ -87,7 +86,29 @@ def test_a_late_client_is_merged_and_a_slow_one_left_out(federation: Federation)
 
 
 @pytest.mark.nightly
-def test_a_run_is_resumed_after_the_superlink_was_killed(federation: Federation):
+def test_fewer_than_the_quorum_end_the_run_which_keeps_what_it_has(federation: Federation):
+    for site in range(2):
+        federation.start_supernode(site, 2)
+    settings = {"num_clients": 2, "class_names": "zero,one", "num_server_rounds": 2, "local_epochs": 200}
+    run_id = federation.submit(min_clients=2, **settings)
+    federation.client_process(1, 3).kill()  # trains, after prompts and the evaluation of the one-shot model
+
+    assert federation.wait_for_the_end(run_id) == "finished:failed"
+    why = "In round 2 (train) at least 2 of 2 clients must succeed, but 1 of 2 failed: The client's process ended."
+    assert why in federation.log(run_id)
+    kept = federation.folder / "digits" / "checkpoints" / "round-0001.safetensors"
+    before = kept.read_bytes()
+
+    again = federation.submit(min_clients=2, **settings)
+    assert federation.wait_for_the_end(again) == "finished:completed"
+    assert "resuming: 1 rounds of this run are finished" in federation.log(again)
+    assert kept.read_bytes() == before
+    assert results(federation.folder / "digits")["rounds"][1]["clients"] == 2
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("killed", ["flower-superlink", "flwr-serverapp"])
+def test_a_run_is_resumed_after_the_server_was_killed(federation: Federation, killed):
     for site in range(2):
         federation.start_supernode(site, 2)
     settings = {"num_clients": 2, "num_server_rounds": 3}
@@ -96,13 +117,14 @@ def test_a_run_is_resumed_after_the_superlink_was_killed(federation: Federation)
     run_id = federation.submit(run_name="broken", **settings)
     federation.wait_for_round(2, "broken")
 
-    superlink = federation.processes.running["superlink"]
-    for child in psutil.Process(superlink.pid).children(recursive=True):
-        child.kill()
-    superlink.kill()
-    superlink.wait()
-    time.sleep(1)
-    federation.start_superlink()
+    if killed == "flower-superlink":  # and with it the ServerApp
+        federation.processes.kill("superlink")
+        time.sleep(1)
+        federation.start_superlink()
+    else:
+        for process in federation.processes.below("superlink", killed):
+            process.kill()
+        assert federation.wait_for_the_end(run_id) == "finished:failed"
     # The SuperNodes come back by themselves; the run that was lost is started anew under its name.
     again = federation.submit(run_name="broken", **settings)
 
