@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 
 from fgl_app.data.images import ImageSet, resize
 from fgl_app.errors import SynthesisError
-from fgl_app.files import sha256, write_atomically, write_json
+from fgl_app.files import json_bytes, locked, sha256, staged, sync_folder
 
 _SHARE_OF_MEMORY = 0.5
 """Of the memory that is free, which a set of images may take before it is mapped from a file."""
@@ -129,6 +129,9 @@ class UnitStore:
     def commit(self, unit_id: str, tensors: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]) -> None:
         """Write one unit: the images first, then the manifest that makes it exist. A unit that exists is left alone.
 
+        Of several processes that commit it at once, one does: two graphics cards do not draw the same bytes, and the
+        images of one would lie beside the manifest of the other.
+
         Args:
             unit_id: Name of the unit, hexadecimal.
             tensors: ``image`` uint8 ``[N, 3, H, W]``, ``label`` int64 ``[N]``, ``seed`` int64 ``[N]``, ``sample_id``
@@ -152,8 +155,15 @@ class UnitStore:
         }
         try:
             self.units_folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._tensors_path(unit_id), content)
-            write_json(self._manifest_path(unit_id), manifest)
+            with (
+                staged(self._tensors_path(unit_id), content) as images,
+                staged(self._manifest_path(unit_id), json_bytes(manifest)) as told,
+                locked(self.units_folder),
+            ):
+                if not self.has(unit_id):
+                    os.replace(images, self._tensors_path(unit_id))
+                    os.replace(told, self._manifest_path(unit_id))
+            sync_folder(self.units_folder)
         except OSError as error:
             raise SynthesisError(
                 f"The store {str(self.folder)!r} must be writable and have room, but a unit of {len(content):,} bytes "
@@ -265,15 +275,14 @@ class UnitStore:
             DamagedUnitsError: As :meth:`read`.
         """
         index = self.index()
-        pixels: dict[bytes, bytes] = {}
-        at = index.find(np.unique(wanted))
-        for _, places in _by_unit(index, at[at >= 0]):
-            of_unit = index.ids[at[places]]
-            images = self.read(of_unit, index).images.numpy()
-            drawn = index.row[at[places]] >= 0
-            each = of_unit[drawn].view("V16")
-            pixels |= {key.tobytes(): sha256(image.tobytes()).encode() for key, image in zip(each, images, strict=True)}
-        return sha256(b"".join(key + pixels[key] for key in sorted(pixels)))
+        at = index.find(np.unique(wanted))  # sorted, as the identities are
+        at = at[(at >= 0) & (index.row[at] >= 0)]
+        hashed = np.zeros(len(at), [("sample_id", "S16"), ("pixels", "S64")])
+        hashed["sample_id"] = index.ids[at]
+        for _, places in _by_unit(index, at):
+            images = self.read(index.ids[at[places]], index).images.numpy()
+            hashed["pixels"][places] = [sha256(image.tobytes()) for image in images]
+        return sha256(hashed.view(np.uint8).data)
 
     def _load(self, unit_id: str, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
         """Return the tensors of a unit, or None if its file is not what the manifest says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from fgl_app.errors import SynthesisError
 from fgl_app.store import DamagedUnitsError, UnitStore
 
+_OF_A_UNIT = re.compile(r"[0-9a-f]+\.(json|safetensors)")
+_TEMPORARY = re.compile(rf"\.{_OF_A_UNIT.pattern}\.\w+")
 _MAY_BE_WRITTEN_S = 600.0
 """Age below which an unfinished file may be a worker's that is at work."""
 
@@ -74,12 +77,14 @@ def verify(store: UnitStore) -> Iterator[Finding]:
         committed_meanwhile = unit_id not in index.manifests and store.has(unit_id)
         if (unit_id in sound or committed_meanwhile) and extension in ("json", "safetensors"):
             continue
-        if path.name.startswith(".") or (extension == "safetensors" and not path.with_suffix(".json").exists()):
+        if _TEMPORARY.fullmatch(path.name):
             yield Finding(path, "unfinished")
-        elif extension in ("json", "safetensors") and _is_hexadecimal(unit_id):
-            yield Finding(path, "damaged")
-        else:
+        elif not _OF_A_UNIT.fullmatch(path.name):
             yield Finding(path, "foreign")
+        elif extension == "safetensors" and not path.with_suffix(".json").exists():
+            yield Finding(path, "unfinished")
+        else:
+            yield Finding(path, "damaged")
 
 
 def repair(findings: list[Finding]) -> int:
@@ -129,7 +134,3 @@ def contents(store: UnitStore) -> Contents:
         dict(sorted(labels.items())),
         index.batch_sizes(index.ids),
     )
-
-
-def _is_hexadecimal(name: str) -> bool:
-    return bool(name) and set(name) <= set("0123456789abcdef")

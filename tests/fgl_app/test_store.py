@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,27 @@ def test_a_unit_whose_file_is_short_or_gone_does_not_exist(tmp_path, kind):
     assert not store.index().holds(ids(1)).any()
     store.commit("aa", unit(1), {})  # a worker that draws it again must not find it there
     assert store.read(ids(1)).images.max() == 1
+
+
+def test_of_two_processes_that_commit_a_unit_at_once_one_does(tmp_path, monkeypatch):
+    store, other = open_store(tmp_path), open_store(tmp_path)
+    replace = os.replace
+    both = []
+
+    def slow(source, target):
+        """Let the other commit between the two files of the first."""
+        if not both:
+            both.append(threading.Thread(target=other.commit, args=("aa", unit(1, label=2), {})))
+            both[0].start()
+            both[0].join(0.5)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", slow)
+    store.commit("aa", unit(1, label=1), {})
+    both[0].join()
+
+    assert store.read(ids(1)).labels.tolist() == [1]
+    assert {path.name for path in store.units_folder.iterdir()} == {"aa.json", "aa.safetensors"}
 
 
 def test_a_flipped_byte_is_found_before_it_is_used_and_the_unit_is_named(tmp_path):

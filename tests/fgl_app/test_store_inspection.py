@@ -8,6 +8,7 @@ from fgl_app.store import UnitStore
 from fgl_app.store_inspection import contents, repair, stores_of, verify
 
 A, B, C = "aa" * 16, "bb" * 16, "cc" * 16
+FOREIGN = ("notes.txt", "weights.safetensors", ".gitignore", ".nfs000001")
 
 
 def filled(folder):
@@ -21,14 +22,15 @@ def filled(folder):
 
 
 def spoil(store):
-    """One of each: a flipped byte, a manifest that is none, a unit without manifest, a temporary and a foreign file."""
+    """One of each: a flipped byte, a manifest that is none, a unit without manifest, a temporary and foreign files."""
     damage(store.units_folder / f"{A}.safetensors", "flip")
     (store.units_folder / f"{B}.json").write_text("{")
     store.commit(C, unit(7), {})
     (store.units_folder / f"{C}.json").unlink()
     (store.units_folder / f".{C}.json.x7").write_text("{")
-    (store.units_folder / "notes.txt").write_text("mine")
-    for file in (f"{C}.safetensors", f".{C}.json.x7"):
+    for file in FOREIGN:
+        (store.units_folder / file).write_text("mine")
+    for file in (f"{C}.safetensors", f".{C}.json.x7", *FOREIGN):
         os.utime(store.units_folder / file, (0, 0))
 
 
@@ -86,10 +88,11 @@ def test_every_file_that_is_wrong_is_named_and_only_what_is_ours_is_removed(tmp_
 
     assert found == {
         f"{A}.json": "damaged", f"{A}.safetensors": "damaged", f"{B}.json": "damaged", f"{B}.safetensors": "damaged",
-        f"{C}.safetensors": "unfinished", f".{C}.json.x7": "unfinished", "notes.txt": "foreign",
+        f"{C}.safetensors": "unfinished", f".{C}.json.x7": "unfinished", **dict.fromkeys(FOREIGN, "foreign"),
     }  # fmt: skip
     assert repair(list(verify(store))) == 6
-    assert [finding.kind for finding in verify(store)] == ["foreign"]
+    assert {finding.kind for finding in verify(store)} == {"foreign"}
+    assert all((store.units_folder / file).read_text() == "mine" for file in FOREIGN)
     assert store.index().holds(ids(1, 2, 4, 7, 8)).tolist() == [False, False, False, False, True]
 
 
