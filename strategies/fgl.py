@@ -154,12 +154,15 @@ class FGL(CheckedRounds):
         log(INFO, "[ROUND 1] asking %s clients for prompts", len(nodes))
         exchange = self._prompt_round(grid)
         exchange.ask(nodes)
-        exchange.wait()
+        exchange.wait(self._quorum_of(exchange))
         self._check_quorum(exchange)
         return exchange
 
+    def _quorum_of(self, exchange: PromptRound) -> int:
+        return max(1, min(self._min_clients, exchange.num_asked))
+
     def _check_quorum(self, exchange: PromptRound) -> None:
-        needed = max(1, min(self._min_clients, exchange.num_asked))
+        needed = self._quorum_of(exchange)
         if exchange.num_used < needed:
             raise RoundError(
                 f"In the prompt round at least {needed} of {exchange.num_asked} clients must send usable prompts, but "

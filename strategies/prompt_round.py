@@ -37,6 +37,7 @@ from fgl_app.records import (
 from strategies.refusals import Refusals, error_sentence, went_astray
 
 _POLL_S = 0.5
+_ASK_AGAIN_S = 5.0
 _MOST_TIMES_ASKED = 4
 _TTL_MARGIN_S = 3600.0
 """A question outlives the deadline by so much, so that a late client can still answer while images are drawn."""
@@ -114,11 +115,19 @@ class PromptRound:
             else:
                 self.refusals.add(node, "It could not be asked.")
 
-    def wait(self) -> None:
-        """Take in replies until all have come or the deadline is over."""
+    def wait(self, least: int = 1) -> None:
+        """Take in replies until all have come or the deadline is over; ask those who connect, or are back, meanwhile.
+
+        Args:
+            least: Where fewer have sent usable prompts, clients that are gone are waited for, too.
+        """
         end = time.monotonic() + self._deadline_s
-        while self._take_in() and time.monotonic() < end:
+        ask_again = time.monotonic() + _ASK_AGAIN_S
+        while (self._take_in() or self._may_reach(least)) and time.monotonic() < end:
             time.sleep(min(_POLL_S, self._deadline_s))
+            if time.monotonic() > ask_again:
+                self.ask(self._grid.get_node_ids())
+                ask_again = time.monotonic() + _ASK_AGAIN_S
         log(INFO, "[ROUND 1] prompts of %s of %s clients", len(self._uploads), len(self._asked))
         if self._open:
             log(WARNING, "prompt round: %s clients did not reply in time", len(self._open))
@@ -193,6 +202,10 @@ class PromptRound:
             "unreadable_images": {str(names(node)): count for node, count in sorted(self._unreadable.items())},
             "refused": self.refusals.rows(),
         }
+
+    def _may_reach(self, least: int) -> bool:
+        """Return whether prompts are lacking that clients which are gone may yet send."""
+        return len(self._uploads) < least and any(self._asked[node] < _MOST_TIMES_ASKED for node in self._lost)
 
     def _take_in(self) -> bool:
         """Take in the replies that have come; return whether some are still out."""

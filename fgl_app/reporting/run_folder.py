@@ -20,7 +20,14 @@ from safetensors.torch import load, save
 
 from fgl_app.config import default_run_config
 from fgl_app.errors import RunFolderError
-from fgl_app.files import checkpoint_file, read_json_lines, write_atomically, write_json, write_json_lines
+from fgl_app.files import (
+    checkpoint_file,
+    read_json_lines,
+    sha256,
+    write_atomically,
+    write_json,
+    write_json_lines,
+)
 from fgl_app.prompts import MergedPrompts, PromptCount
 from fgl_app.reporting.ledger import ReleaseLedger
 from fgl_app.settings import Settings
@@ -207,10 +214,10 @@ class RunFolder:
         rows = [earlier for earlier in read_json_lines(self._metrics) if earlier["round"] < number]
         write_json_lines(self._metrics, [*rows, dict(row)])
         if memory:
-            write_atomically(self._memory(number), save(dict(memory)))
+            write_atomically(self._memory(number), _save_tensors(memory))
         else:
             self._memory(number).unlink(missing_ok=True)
-        write_atomically(self._checkpoint(number), save(arrays.to_torch_state_dict()))
+        write_atomically(self._checkpoint(number), _save_tensors(arrays.to_torch_state_dict()))
 
     def finished_rounds(self) -> list[dict[str, Any]]:
         """Return the metrics of the rounds that have both metrics and a checkpoint, from round 1 on without a gap."""
@@ -298,12 +305,27 @@ def _arithmetic(run_config: Mapping[str, Any], resolved: Mapping[str, Any]) -> s
     return arithmetic_of(device, draw_batch_size(device, int(run_config["synthesis-batch-size"])))
 
 
+def _save_tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Serialize tensors with a checksum, which safetensors lacks, of their bytes."""
+    return save(dict(tensors), {"sha256": _checksums(save(dict(tensors)))[1]})
+
+
 def _load_tensors(path: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     try:
-        tensors: dict[str, torch.Tensor] = load(path.read_bytes())
+        content = path.read_bytes()
+        tensors: dict[str, torch.Tensor] = load(content)
+        told, found = _checksums(content)
+        if told != found:
+            raise ValueError("its checksum is another")
     except Exception as error:  # safetensors raises an exception class of its own
         raise RunFolderError(
             f"{str(path)!r} must be a checkpoint, but cannot be read ({type(error).__name__}). Delete "
             f"{checkpoint.name}; the run then goes on from the round before."
         ) from None
     return tensors
+
+
+def _checksums(content: bytes) -> tuple[str | None, str]:
+    """Return the checksum that a file of safetensors tells, and that of its tensors' bytes."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]).get("__metadata__", {}).get("sha256"), sha256(memoryview(content)[start:])

@@ -69,7 +69,7 @@ def test_a_late_client_is_merged_and_a_slow_one_left_out(federation: Federation)
         num_clients=2, num_server_rounds=2, min_clients=1, connect_timeout_s=15.0, round_deadline_s=25.0,
         class_names="zero,one", images_per_class=640, num_inference_steps=40, local_epochs=200,
     )  # fmt: skip
-    federation.wait_for(run_id, "going on without the others")
+    federation.wait_for(run_id, "prompts of 1 of 1 clients")
     federation.start_supernode(1, 2)  # connects while images are drawn
     federation.wait_for_round(1)
     slow = federation.client_process(1, 3)

@@ -149,6 +149,22 @@ def test_a_damaged_checkpoint_is_named(folder):
         folder.load_arrays(1)
 
 
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [("round-0001.safetensors", "load_arrays"), ("round-0001.strategy.safetensors", "load_memory")],
+)
+def test_a_checkpoint_of_which_one_byte_changed_is_named(folder, name, load):
+    folder.save_round(row(1), arrays(1.0), {"momentum": torch.ones(3)})
+    assert torch.equal(folder.load_memory(1)["momentum"], torch.ones(3))
+    file = folder.path / "checkpoints" / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+    with pytest.raises(RunFolderError, match=rf"{name}.*Delete round-0001\.safetensors"):
+        getattr(folder, load)(1)
+
+
 def test_prompts_are_kept_for_their_owner_alone(folder):
     prompts = MergedPrompts(
         (PromptCount(0, "a cat", 3), PromptCount(1, "ein Hund, groß", 1, "photo")), ("cat", "dog"),

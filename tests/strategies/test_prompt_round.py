@@ -95,6 +95,58 @@ def test_a_client_that_was_gone_is_asked_again_when_it_is_back_and_one_that_fail
     assert exchange.report()["late"] == [1]
 
 
+def test_a_quorum_waits_for_a_client_that_is_back_before_the_deadline(make_grid, monkeypatch):
+    monkeypatch.setattr("strategies.prompt_round._ASK_AGAIN_S", 0.0)
+    grid = make_grid(partition="iid")
+    grid.gone = {1001}
+    exchange = prompt_round(grid, deadline_s=30.0)
+    exchange.ask(grid.get_node_ids())
+    nodes = grid.get_node_ids
+    monkeypatch.setattr(grid, "get_node_ids", lambda: grid.gone.clear() or nodes())
+
+    exchange.wait(3)
+
+    assert exchange.num_used == 3
+    assert len(grid.asked) == 4
+    assert exchange.report()["late"] == []
+
+
+def test_a_quorum_does_not_wait_for_a_client_that_failed_or_never_comes_back(make_grid, monkeypatch):
+    monkeypatch.setattr("strategies.prompt_round._ASK_AGAIN_S", 0.0)
+    grid = make_grid(partition="iid")
+    grid.gone, grid.broken = {1001}, {1002}
+    exchange = prompt_round(grid, deadline_s=30.0)
+    exchange.ask(grid.get_node_ids())
+    started = time.monotonic()
+
+    exchange.wait(3)
+
+    assert exchange.num_used == 1
+    assert len(grid.asked) == 2 + 4
+    assert time.monotonic() - started < 20
+
+
+def test_a_client_that_connects_while_others_write_prompts_is_asked_at_once(make_grid, monkeypatch):
+    monkeypatch.setattr("strategies.prompt_round._ASK_AGAIN_S", 0.0)
+    grid = make_grid(partition="iid")
+    newcomer = grid.node_configs.pop(1002)
+    grid.late = {1000}
+    exchange = prompt_round(grid, deadline_s=30.0)
+    exchange.ask(grid.get_node_ids())
+    push = grid.push_messages
+
+    def asked(messages):
+        grid.late = set()  # the slow one answers after the newcomer was asked
+        return push(messages)
+
+    monkeypatch.setattr(grid, "push_messages", asked)
+    grid.node_configs[1002] = newcomer
+
+    exchange.wait()
+
+    assert exchange.num_used == 3
+
+
 def test_a_client_that_is_always_gone_is_asked_a_few_times(make_grid):
     grid = make_grid(partition="iid")
     grid.gone = {1001}
