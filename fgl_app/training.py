@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -157,9 +158,11 @@ def prefetched(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """As :func:`taken_on_device` for images in memory or in a mapped file: a thread gathers the next batch meanwhile.
 
-    Two pinned buffers take turns, so that the copy to the device overlaps with the step before.
+    Two pinned buffers take turns and are copied on a stream of their own, beside the step before.
     """
     pinned = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if pinned else None
+    labels = source.labels[torch.cat(list(order))].to(device).split([len(rows) for rows in order]) if order else ()
     longest = max(map(len, order), default=0)
     shape = (longest, *source.images.shape[1:])
     buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
@@ -173,13 +176,17 @@ def prefetched(
 
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(gather, 0) if len(order) else None
-        for number, rows in enumerate(order):
+        for number in range(len(order)):
             assert following is not None
-            images = following.result().to(device, non_blocking=True, copy=True)
-            if pinned:
-                copied[number % 2].record(torch.cuda.current_stream(device))  # not that of the current device
+            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                images = following.result().to(device, non_blocking=True, copy=True)
+            if stream is not None:
+                copied[number % 2].record(stream)
+                step = torch.cuda.current_stream(device)  # not that of the current device
+                step.wait_event(copied[number % 2])
+                images.record_stream(step)
             following = pool.submit(gather, number + 1) if number + 1 < len(order) else None
-            yield images, source.labels[rows].to(device)
+            yield images, labels[number]
 
 
 def evaluate(model: nn.Module, data: ImageSet, device: torch.device) -> Evaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ class Engine:
     judges: Sequence[Judge] = ()
     """Whoever rejects an image has it drawn again from other noise."""
     _encoded: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _exact: Generator | None = None
 
     def draw(self, unit: Unit) -> DrawnUnit:
         """Draw the samples of a unit.
@@ -135,8 +137,9 @@ class Engine:
         if broken:
             # With memory for fewer at a time in fp32, the others are drawn at the batch size that they had.
             with contextlib.suppress(torch.OutOfMemoryError):
+                self._exact = self._exact or self.load_exact()
                 images[broken], finite[broken], _ = self._generate(
-                    self.load_exact(), [samples[place] for place in broken], self.batch_size
+                    self._exact, [samples[place] for place in broken], self.batch_size
                 )
         return images, finite
 
@@ -155,6 +158,11 @@ class Engine:
                     [conditions[place] for place in places], [samples[place].noise_seed for place in places]
                 )
             except torch.OutOfMemoryError:
+                if self._exact is not None and generator is self.generator:
+                    self._exact = None  # loaded anew for the next image that needs it: all others keep their batch
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                    continue
                 if batch_size == 1:
                     if generator is not self.generator:
                         raise
@@ -169,7 +177,7 @@ class Engine:
             finite.append(drawn.flatten(1).isfinite().all(1))
             parts.append(to_uint8(drawn, self.plan.settings.stored_size))
             start += len(drawn)
-        # Copied once: a GPU goes on with the next batch meanwhile.
+        # Copied at the end: a GPU need not be waited for in between.
         return torch.cat(parts).cpu(), torch.cat(finite).cpu(), batch_size
 
     def _encode(self, generator: Generator, samples: Sequence[Sample]) -> list[Any]:

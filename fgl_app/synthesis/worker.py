@@ -56,7 +56,7 @@ class UnitWorker:
         check_device(plan.device, "synthesis-device")
         device = torch.device(plan.device)
         generator = load_generator(plan.settings, device)
-        load_exact = functools.cache(lambda: load_generator(plan.settings, device, torch.float32))
+        load_exact = functools.partial(load_generator, plan.settings, device, torch.float32)
         judges = load_judges(plan, device)
         embeddings = load_file(plan.embeddings) if plan.embeddings else {}
         on_cpu = device.type == "cpu"

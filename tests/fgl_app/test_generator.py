@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -248,6 +249,32 @@ def test_where_fp32_has_less_room_the_other_images_keep_their_batch():
         drawn = Engine(plan, Poisoned(sound, {broken}), {}, lambda exact=exact: exact, 8).draw(unit)
 
         assert (drawn.batch_size, drawn.left_out) == (8, left_out)
+
+
+def test_where_the_fp32_generator_takes_the_room_of_the_other_it_goes_and_the_batch_stays():
+    plan = plan_of(PromptBudget(0, "zero", 5))
+    (unit,) = plan.units()
+    sound = load_generator(plan.settings, CPU)
+    poisoned = Poisoned(sound, {unit.samples[1].noise_seed})
+    loaded = weakref.WeakSet()
+
+    class Crowded(OutOfMemory):
+        """Room for a whole batch as long as no other generator is there."""
+
+        def generate(self, conditions, noise_seeds):
+            self.room = 0 if len(loaded) else 8
+            return super().generate(conditions, noise_seeds)
+
+    def load_exact():
+        exact = OutOfMemory(sound, 8)
+        loaded.add(exact)
+        return exact
+
+    engine = Engine(plan, Crowded(poisoned, 8), {}, load_exact, 8)
+
+    for _ in range(2):
+        drawn = engine.draw(unit)
+        assert (drawn.batch_size, drawn.left_out) == (8, {})
 
 
 def test_a_judge_without_memory_for_all_judges_fewer_at_a_time():
