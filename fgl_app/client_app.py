@@ -188,7 +188,8 @@ def _check_approved(settings: Settings, context: Context) -> None:
 
 def _terms(settings: Settings) -> str:
     """Hash what an owner approves beside the prompts: all settings but those of where and how fast a run computes."""
-    kept = FREE_KEYS - {"num-server-rounds"}  # in a run of more rounds more leaves the node
+    # In a run of more rounds more leaves the node, and the prompts of other images were not shown.
+    kept = FREE_KEYS - {"num-server-rounds", "data-dir"}
     return sha256(canonical_json({key: value for key, value in settings.flat().items() if key not in kept}))
 
 

@@ -212,7 +212,6 @@ class Session:
     def _ask_for_prompts(self, grid: Grid) -> PromptRound:
         policy, prompts, synthesis = self.settings.policy, self.settings.prompts, self.settings.synthesis
         by_embedding = prompts.prompt_level == "embedding"
-        self.ledger.asked_for_prompts()
         return PromptRound(
             grid,
             PromptLimits(
@@ -229,6 +228,7 @@ class Session:
             min_senders=self.settings.privacy.min_clients_per_prompt,
             class_prompt=self._class_prompt,
             deadline_s=policy.prompt_deadline_s,
+            before_asking=self.ledger.asked_for_prompts,
         )
 
     def _class_prompt(self, class_name: str, domain: str) -> str:

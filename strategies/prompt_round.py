@@ -57,6 +57,8 @@ class PromptRound:
         min_senders: Least number of clients that must have sent a text.
         class_prompt: What takes the place of a text that fewer sent: the prompt of a class name and a domain.
         deadline_s: Seconds that :meth:`wait` waits.
+        before_asking: Is called before any node is asked for the first time, for the second, and so on: each answer may
+            draw new noise.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class PromptRound:
         min_senders: int = 1,
         class_prompt: Callable[[str, str], str] = lambda class_name, domain: class_name,
         deadline_s: float = 3600.0,
+        before_asking: Callable[[], None] = lambda: None,
     ) -> None:
         """See the class."""
         self._grid = grid
@@ -84,6 +87,7 @@ class PromptRound:
         self._min_senders = min_senders
         self._class_prompt = class_prompt
         self._deadline_s = deadline_s
+        self._before_asking = before_asking
         self._asked: Counter[int] = Counter()  # how many times each node was
         self._lost: set[int] = set()
         self._open: dict[str, int] = {}
@@ -101,6 +105,8 @@ class PromptRound:
         """Ask the nodes that were not asked before, and again, a few times, where question or answer went astray."""
         again = {node for node in self._lost if self._asked[node] < _MOST_TIMES_ASKED}
         for node in sorted(set(nodes) - (self._asked.keys() - again)):
+            if self._asked[node] == max(self._asked.values(), default=0):
+                self._before_asking()
             self._asked[node] += 1
             self._lost.discard(node)
             question = Message(

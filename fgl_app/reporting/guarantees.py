@@ -118,7 +118,8 @@ def _of_rounds(settings: Settings, releases: Sequence[Mapping[str, Any]]) -> lis
                 clients_epsilon(privacy.client_dp_noise, draws, privacy.dp_delta), privacy.dp_delta,
                 f"all training images of one client in the models of {len(draws)} rounds, against everybody but the "
                 "server",
-                "that the client took part, and the numbers and measures that it reports",
+                "that the client took part, whether its update could be used, and the numbers and measures that it "
+                "reports",
             )
         )  # fmt: skip
     if privacy.example_dp_noise:

@@ -37,7 +37,7 @@ class ReleaseLedger:
         self.rows: list[dict[str, Any]] = _read(path) if path.exists() else _of_kept_rounds(rounds)
 
     def asked_for_prompts(self) -> None:
-        """Note that all clients are about to be asked for their prompts."""
+        """Note that clients are about to be asked for their prompts, or one of them once more than any before."""
         self._add({"asked": PROMPTS})
 
     def asked_to_train(self, server_round: int, drawn: tuple[int, int], places: Collection[int] | None) -> None:

@@ -79,6 +79,7 @@ def test_more_rounds_are_other_terms_and_another_device_is_not(run_config):
 
     assert terms(num_server_rounds=1) != terms(num_server_rounds=1000)
     assert terms(local_epochs=1) != terms(local_epochs=2)
+    assert terms(data_dir="/a") != terms(data_dir="/b")
     assert terms(device="cpu") == terms(device="auto")
 
 

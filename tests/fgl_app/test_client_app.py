@@ -40,21 +40,32 @@ def test_training_returns_new_weights_and_the_number_of_images(run_config, setti
     assert first.content["arrays"][name].data == second.content["arrays"][name].data
 
 
+def ask_site(run_config, message_type, folder, prompt_counts):
+    """Ask a site with ten readable and two unreadable images."""
+    for name in ("cat", "dog"):
+        (folder / name).mkdir()
+        for number in range(6):
+            Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(folder / name / f"{number}.png")
+        (folder / name / "0.png").write_bytes(b"no image")
+    hidden = {"dataset": "folder", "class-names": "cat,dog", "prompt-counts": prompt_counts, "weighting": "uniform"}
+    sent = initial_arrays(parse_run_config(run_config | hidden), ("cat", "dog"))
+    content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
+    return ask(run_config | hidden, message_type, {"data-path": str(folder)}, content)
+
+
 @pytest.mark.parametrize("message_type", ["query.prompts", "train"])
 @pytest.mark.parametrize(("prompt_counts", "told"), [("exact", 2), ("withheld", 0)])
 def test_unreadable_images_are_told_unless_counts_are_hidden(run_config, tmp_path, message_type, prompt_counts, told):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for number in range(6):
-            Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(tmp_path / name / f"{number}.png")
-        (tmp_path / name / "0.png").write_bytes(b"no image")
-    hidden = {"dataset": "folder", "class-names": "cat,dog", "prompt-counts": prompt_counts, "weighting": "uniform"}
+    assert num_unreadable_of(ask_site(run_config, message_type, tmp_path, prompt_counts)) == told
 
-    sent = initial_arrays(parse_run_config(run_config | hidden), ("cat", "dog"))
-    content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
-    reply = ask(run_config | hidden, message_type, {"data-path": str(tmp_path)}, content)
 
-    assert num_unreadable_of(reply) == told
+@pytest.mark.parametrize("message_type", ["query.prompts", "train", "evaluate"])
+@pytest.mark.parametrize("prompt_counts", ["exact", "withheld"])
+def test_the_number_of_images_is_told_unless_counts_are_hidden(run_config, tmp_path, message_type, prompt_counts):
+    metrics = ask_site(run_config, message_type, tmp_path, prompt_counts).content["metrics"]
+
+    numbers = [metrics[key] for key in ("num-examples", "num-validation") if key in metrics]
+    assert all((number > 1) == (prompt_counts == "exact") for number in numbers)
 
 
 def test_a_site_of_one_class_takes_part(run_config, tmp_path):

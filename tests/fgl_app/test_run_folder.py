@@ -13,7 +13,8 @@ from fgl_app.phases import resolve
 from fgl_app.prompts import MergedPrompts, PromptCount
 from fgl_app.records import evaluation_metrics, mean_evaluation
 from fgl_app.reporting.results import summarize
-from fgl_app.reporting.run_folder import RunFolder
+from fgl_app.reporting.run_folder import DrawnSet, RunFolder
+from fgl_app.store import as_ids
 from fgl_app.synthesis.launch import SynthesisReport
 from fgl_app.training import Evaluation
 
@@ -163,6 +164,21 @@ def test_a_checkpoint_of_which_one_byte_changed_is_named(folder, name, load):
 
     with pytest.raises(RunFolderError, match=rf"{name}.*Delete round-0001\.safetensors"):
         getattr(folder, load)(1)
+
+
+def test_forgotten_prompts_and_embeddings_are_gone_with_what_a_kill_left_of_them(folder):
+    embeddings = {"e": torch.ones(2, 3).half()}
+    folder.save_prompts(MergedPrompts((PromptCount(0, "a cat", 3),), ("cat", "dog"), embeddings), None)
+    for name in ("plan.json", "worker.log", ".prompts.jsonl.x7", ".embeddings.safetensors.x7", ".plan.json.x7"):
+        (folder.path / name).write_text("a cat")
+
+    folder.forget_prompts(DrawnSet("d" * 64, as_ids([bytes(16)]), (0,)))
+
+    left = {path.name for path in folder.path.iterdir() if path.is_file()}
+    assert {name for name in left if "a cat" in (folder.path / name).read_text("utf-8", "replace")} == set()
+    assert not folder.embeddings.exists()
+    assert not [name for name in left if name.startswith(".")]
+    assert folder.load_prompts() is not None  # that there were some is known
 
 
 def test_prompts_are_kept_for_their_owner_alone(folder):

@@ -291,6 +291,27 @@ def test_prompts_that_were_asked_for_twice_count_twice(train_rounds):
     assert epsilons(train_rounds("twice", 1, **hidden)) == [1.0, 10.0]  # nobody is asked again
 
 
+def test_prompts_of_a_client_that_was_gone_count_as_often_as_it_was_asked(train_rounds, monkeypatch):
+    monkeypatch.setattr("strategies.prompt_round._ASK_AGAIN_S", 0.0)
+    hidden = {"prompt_counts": "withheld", "classes_epsilon": 0.5, "weighting": "uniform"}
+
+    def gone_twice(grid):
+        push, asked = grid.push_messages, []
+
+        def pushed(messages):
+            asked.extend(message for message in messages if message.metadata.dst_node_id == 1001)
+            grid.gone = {1001} if len(asked) < 3 else set()
+            return push(messages)
+
+        grid.push_messages = pushed
+
+    folder = train_rounds("gone", 1, **hidden, min_clients=3, prompt_deadline_s=60.0, prepare=gone_twice)
+
+    asked = [row for row in read_json_lines(folder / "releases.jsonl") if row.get("asked") == "prompts"]
+    assert len(asked) == 3
+    assert epsilons(folder) == [1.5, 15.0]
+
+
 def kill_while_prompts_come(grid):
     def killed(message_ids):
         raise SystemExit
