@@ -65,7 +65,7 @@ def test_the_number_of_images_is_told_unless_counts_are_hidden(run_config, tmp_p
     metrics = ask_site(run_config, message_type, tmp_path, prompt_counts).content["metrics"]
 
     numbers = [metrics[key] for key in ("num-examples", "num-validation") if key in metrics]
-    assert all((number > 1) == (prompt_counts == "exact") for number in numbers)
+    assert (max(numbers) > 1) == (prompt_counts == "exact")
 
 
 def test_a_site_of_one_class_takes_part(run_config, tmp_path):

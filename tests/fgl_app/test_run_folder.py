@@ -177,7 +177,7 @@ def test_forgotten_prompts_and_embeddings_are_gone_with_what_a_kill_left_of_them
     left = {path.name for path in folder.path.iterdir() if path.is_file()}
     assert {name for name in left if "a cat" in (folder.path / name).read_text("utf-8", "replace")} == set()
     assert not folder.embeddings.exists()
-    assert not [name for name in left if name.startswith(".")]
+    assert {name for name in left if name.startswith(".")} == {".lock"}
     assert folder.load_prompts() is not None  # that there were some is known
 
 
