@@ -12,7 +12,7 @@ from flwr.common.logger import log
 from torchvision.datasets import ImageFolder
 
 from fgl_app.data.images import HeldOut, ImageSet, to_pixels
-from fgl_app.data.readers import open_image
+from fgl_app.data.readers import Part, open_image
 from fgl_app.errors import DataError
 from fgl_app.rng import numpy_generator
 
@@ -44,8 +44,6 @@ def _class_of(name: str) -> str:
 def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tuple[ImageSet, list[Path]]:
     """Read all images below ``folder/CLASS NAME/``.
 
-    One damaged file must not keep a site out of a federation: it is left out, and reported.
-
     Args:
         folder: Folder whose sub-folders are named like classes; classes may be absent.
         class_names: The run's K classes; a folder's label is its name's index here.
@@ -74,21 +72,41 @@ def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tu
     ]
     if not rows:
         raise DataError(f"The class folders of {str(folder)!r} must hold images, but hold none.")
-    images, labels, unreadable = [], [], []
-    for path, label in rows:
+    part = Part(tuple(label for _, label in rows), None, lambda row: open_image(Path(rows[row][0])))
+    images, unreadable = decode_readable(part, (), image_size)
+    return images, [Path(rows[row][0]) for row in unreadable]
+
+
+def decode_readable(part: Part, transforms: Sequence[tuple[str, int]], image_size: int) -> tuple[ImageSet, list[int]]:
+    """Decode the images of one client, but for those that cannot be read.
+
+    One damaged file must not keep a site out of a federation: it is left out, and reported.
+
+    Args:
+        part: The client's images.
+        transforms: The card's steps before an image is scaled to ``image_size``.
+        image_size: Side of the images, px.
+
+    Returns:
+        The readable images, without domains, and the rows of the others.
+
+    Raises:
+        DataError: If no image is readable.
+    """
+    images, labels, damage = [], [], {}
+    for row, label in enumerate(part.labels):
         try:
-            images.append(to_pixels(open_image(Path(path)), (), image_size))
+            images.append(to_pixels(part.image(row), transforms, image_size))
             labels.append(label)
-        except DataError:
-            unreadable.append(Path(path))
+        except DataError as error:
+            damage[row] = str(error)
     if not images:
         raise DataError(
-            f"The class folders of {str(folder)!r} must hold readable images, but none of {len(rows)} files is one; "
-            f"{str(unreadable[0])!r} is the first. Repair or replace them."
+            f"At least one of a client's images must be readable, but none of {len(damage)} is. The first: {damage[0]}"
         )
-    for path in unreadable:
-        log(WARNING, "left out, because it cannot be read: %s", path)
-    return ImageSet(torch.stack(images), torch.tensor(labels, dtype=torch.int64)), unreadable
+    for reason in damage.values():
+        log(WARNING, "left out: %s", reason)
+    return ImageSet(torch.stack(images), torch.tensor(labels, dtype=torch.int64)), list(damage)
 
 
 def split_folder(data: ImageSet) -> tuple[ImageSet, HeldOut]:

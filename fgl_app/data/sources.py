@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from sklearn.model_selection import train_test_split
 
 from fgl_app.cards import Card, load_card
 from fgl_app.data.division import divide
-from fgl_app.data.folder import class_folders, load_folder, split_folder
+from fgl_app.data.folder import class_folders, decode_readable, load_folder, split_folder
 from fgl_app.data.images import HeldOut, ImageSet, to_pixels
 from fgl_app.data.partition import partition_indices
 from fgl_app.data.readers import Part, open_part
@@ -63,8 +62,7 @@ def load_client_data(
     if settings.dataset == "folder":
         named = class_names or card.class_names()
         if "card" in node_config:
-            images, names = _load_own_card(node_config, named, settings)
-            unreadable: list[Path] = []
+            images, num_unreadable, names = _load_own_card(node_config, named, settings)
         else:
             path = node_config.get("data-path")
             if not isinstance(path, str):
@@ -74,8 +72,9 @@ def load_client_data(
             folder = Path(path).expanduser()
             names = tuple(named or class_folders(folder))
             images, unreadable = load_folder(folder, names, settings.image_size)
+            num_unreadable = len(unreadable)
         train, held_out = split_folder(images)
-        return ClientData(train, lambda: held_out, partition_id, names, len(unreadable))
+        return ClientData(train, lambda: held_out, partition_id, names, num_unreadable)
     num_partitions = node_config.get("num-partitions")
     if not isinstance(num_partitions, int) or not 0 <= partition_id < num_partitions:
         raise DataError(
@@ -88,11 +87,12 @@ def load_client_data(
 
 def _load_own_card(
     node_config: Mapping[str, RunConfigValue], class_names: Sequence[str], settings: DataSettings
-) -> tuple[ImageSet, tuple[str, ...]]:
+) -> tuple[ImageSet, int, tuple[str, ...]]:
     """Load the training part of a node's own card, whose classes are found in the run's by their names.
 
     Returns:
-        The images, and the run's classes, or the card's where the run has none yet.
+        The readable images, the number of unreadable files, and the run's classes, or the card's where the run has
+        none yet.
     """
     card = load_card(str(node_config["card"]))
     names = tuple(class_names or card.class_names())
@@ -102,10 +102,10 @@ def _load_own_card(
             f"The classes of the node's card {card.name} must be among {', '.join(names)}, but {absent[0]!r} is not. "
             "Rename it in the card or add it to `class-names`."
         )
-    own = dataclasses.replace(settings, data_dir=str(node_config.get("data-path", "")))
-    images = _decode(card, own, "train", range(len(_open(card, "train", own.data_dir).labels)))
+    part = _open(card, "train", str(node_config.get("data-path", "")))
+    images, unreadable = decode_readable(part, card.transforms, settings.image_size)
     numbers = torch.tensor([names.index(name) for name in card.class_names()])
-    return ImageSet(images.images, numbers[images.labels]), names
+    return ImageSet(images.images, numbers[images.labels]), len(unreadable), names
 
 
 @functools.lru_cache(maxsize=8)  # decoding takes longer than an epoch of a small model

@@ -200,17 +200,22 @@ def test_a_folder_of_images_per_class_is_a_data_set_without_a_card(tmp_path, run
         parse_run_config(run_config | {"dataset": str(tmp_path / "pets" / "cat")})
 
 
-def test_a_node_may_hold_its_images_by_a_card_of_its_own(tmp_path, run_config):
-    write_images(tmp_path / "files" / "all", {"Felis": 10, "Canis": 20})
+def node_with_a_card(folder):
+    """Write 10 cats and 20 dogs and a card of them, and return the node-config that names both."""
+    write_images(folder / "files" / "all", {"Felis": 10, "Canis": 20})
     card = {
         "title": "Pets of one site", "licence": "own", "source": {"kind": "folder"}, "splits": {"train": "all"},
         "validation": 0.1, "test": 0.2, "native-size": 20,
         "classes": [{"name": "dog", "id": "Canis"}, {"name": "cat", "id": "Felis"}],
         "prompts": {"class": ["a photo of {a class}"], "instance": "{class}, {caption}"},
     }  # fmt: skip
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(card))
+    (folder / "own.yaml").write_text(yaml.safe_dump(card))
+    return {"card": str(folder / "own.yaml"), "data-path": str(folder / "files"), "partition-id": 3}
+
+
+def test_a_node_may_hold_its_images_by_a_card_of_its_own(tmp_path, run_config):
+    node = node_with_a_card(tmp_path)
     settings = parse_run_config(run_config | {"dataset": "folder", "class-names": "bird, cat, dog"})
-    node = {"card": str(tmp_path / "own.yaml"), "data-path": str(tmp_path / "files"), "partition-id": 3}
 
     data = client_data(settings, node)
 
@@ -220,6 +225,21 @@ def test_a_node_may_hold_its_images_by_a_card_of_its_own(tmp_path, run_config):
     assert client_data(settings, node, ["cat", "dog"]).train.labels.max() == 1
     with pytest.raises(DataError, match="must be among cat, bird, but 'dog' is not"):
         client_data(settings, node, ["cat", "bird"])
+
+
+def test_an_unreadable_image_of_a_nodes_own_card_is_left_out_and_counted(tmp_path, run_config):
+    node = node_with_a_card(tmp_path)
+    (tmp_path / "files" / "all" / "Felis" / "0.png").write_bytes(b"no image")
+    settings = parse_run_config(run_config | {"dataset": "folder", "class-names": "cat, dog"})
+
+    data = client_data(settings, node)
+
+    assert data.num_unreadable == 1
+    assert torch.bincount(data.train.labels, minlength=2).tolist() == [6, 14]  # of 9 and 20: 10 % and 20 % held out
+    for image in (tmp_path / "files").rglob("*.png"):
+        image.write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of 30 is"):
+        client_data(settings, node)
 
 
 def test_one_class_is_one_whichever_way_its_accents_are_written(tmp_path):
@@ -279,6 +299,18 @@ def test_an_image_that_pillow_refuses_in_its_own_way_is_unreadable_too(tmp_path)
 
     assert len(data) == 3
     assert unreadable == [tmp_path / "cat" / "large.png"]
+
+
+def test_an_image_in_a_variant_that_pillow_does_not_know_is_unreadable_too(tmp_path):
+    write_images(tmp_path, {"cat": 3})
+    # A texture of Blizzard's, in an encoding that does not exist: Pillow raises NotImplementedError.
+    header = struct.pack("<4siBBBB2i", b"BLP2", 1, 9, 0, 0, 0, 8, 8)
+    (tmp_path / "cat" / "texture.png").write_bytes(header + bytes(2048))
+
+    data, unreadable = load_folder(tmp_path, ["cat"], 8)
+
+    assert len(data) == 3
+    assert unreadable == [tmp_path / "cat" / "texture.png"]
 
 
 def test_folders_that_cannot_be_used_are_refused_with_the_reason(tmp_path):
