@@ -14,7 +14,7 @@ from commands import results
 from fgl_app import tiny
 from fgl_app.config import APP_FOLDER
 
-pytestmark = pytest.mark.nightly
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
 BASE_IMAGE = "fgl-test-base"
 PROJECT = "fgltest"
