@@ -39,7 +39,8 @@ def kill_server(folder):
     """Kill the process of the ServerApp, and nothing else of the run."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("FGL_TEST_FOLDER") == str(folder) and "flwr-simulation" in process.cmdline()[1]:
+            # A process that is about to end has no command line.
+            if _has(process, folder) and "flwr-simulation" in "".join(process.cmdline()[1:2]):
                 process.kill()
 
 
