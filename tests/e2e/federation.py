@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +18,6 @@ from fgl_app.cards import load_card
 from fgl_app.config import APP_FOLDER
 from fgl_app.data.division import divide
 from fgl_app.data.readers import open_part
-
-_TAKEN_AFTER_S = 6.0
 
 DEFAULTS = {key: value for key, _, value in (word.partition("=") for word in FAST)} | {"dataset": "folder"}
 
@@ -69,7 +66,8 @@ class Federation:
             write_site(images, site, num_sites)
         command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}", "--port", free_port()]
         command += ["--node-config", f'partition-id={site} data-path="{images}" {node_config}']
-        self.processes.start(f"site{site}", command)
+        # For `client_process`.
+        self.processes.start(f"site{site}", command, FLWR_LOG_LEVEL="DEBUG")
 
     def submit(self, **settings: object) -> str:
         """Start a run and return its id."""
@@ -98,14 +96,14 @@ class Federation:
     def client_process(self, site: int, number: int) -> psutil.Process:
         """Wait until a site's ClientApp works on its message of this number, counted from 1, and return its process.
 
-        A process that has just started has not taken its message yet: if it dies, another takes its place.
+        A process that has just started has not taken its message yet: if it dies, another takes its place. With the
+        message in hand Flower loads the ClientApp, and says so to those who debug.
         """
         log = self.processes.log_of(f"site{site}")
         self.processes.wait_until(
-            lambda: log.read_text("utf-8", "replace").count("Start `flwr-clientapp` process") >= number,
+            lambda: log.read_text("utf-8", "replace").count("Start `ClientApp` Loading") >= number,
             300, f"site {site} must receive its message {number}",
         )  # fmt: skip
-        time.sleep(_TAKEN_AFTER_S)
         running = self.processes.below(f"site{site}", "flwr-clientapp")
         assert running, f"site {site} was done with its message {number} already"
         return max(running, key=lambda process: process.create_time())

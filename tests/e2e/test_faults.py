@@ -13,9 +13,9 @@ pytestmark = pytest.mark.e2e
 
 
 def refused(run, number):
-    """Map client to reason for a round of a finished run."""
+    """Map client to reason and count for a round of a finished run."""
     (row,) = [row for row in run["rounds"] if row["round"] == number]
-    return {item["client"]: item["reason"] for item in row.get("refused", [])}
+    return {item["client"]: (item["reason"], item["count"]) for item in row.get("refused", [])}
 
 
 def test_clients_that_fail_in_captioning_and_in_training_are_left_out(federation: Federation):
@@ -35,7 +35,8 @@ def test_clients_that_fail_in_captioning_and_in_training_are_left_out(federation
     assert [(row["client"], row["reason"]) for row in run["prompt_round"]["refused"]] == [
         (None, "The client could not load a model; its own log holds the reason.")
     ]
-    assert refused(run, 2) == {2: "The client has no usable images; its own log holds the reason."}
+    # In training and in evaluation.
+    assert refused(run, 2) == {2: ("The client has no usable images; its own log holds the reason.", 2)}
     assert run["rounds"][1]["clients"] == 2
     log = federation.log(run_id)
     assert "/no/such/folder" not in log
@@ -59,7 +60,10 @@ def test_a_client_killed_in_any_phase_is_left_out_of_it(federation: Federation):
     run = results(federation.folder / "digits")
     assert run["prompt_round"]["clients_used"] == 2
     assert run["rounds"][1]["clients"] == 2
-    assert set(refused(run, 2).values()) == {"The client's process ended."}
+    assert refused(run, 2) == {
+        0: ("The client's process ended.", 1),  # in evaluation
+        2: ("The client's process ended.", 1),  # in training
+    }
 
 
 @pytest.mark.nightly
@@ -82,7 +86,7 @@ def test_a_late_client_is_merged_and_a_slow_one_left_out(federation: Federation)
     run = results(federation.folder / "digits")
     assert (run["prompt_round"]["late"], run["prompt_round"]["clients_used"]) == ([1], 2)
     assert run["rounds"][1]["clients"] == 1
-    assert set(refused(run, 2).values()) == {"It did not reply in time."}
+    assert {reason for reason, _ in refused(run, 2).values()} == {"It did not reply in time."}
 
 
 @pytest.mark.nightly
