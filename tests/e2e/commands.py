@@ -28,3 +28,10 @@ def fgl(*arguments: object, cwd: Path, expect: int = 0) -> str:
 
 def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
+
+
+def prompts(folder: Path) -> set[str]:
+    """Return the prompts of a run's images, of which there must be some; none of them may be logged."""
+    found = {json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text("utf-8").splitlines()}
+    assert found
+    return found

@@ -3,13 +3,12 @@
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, results
+from commands import ENVIRONMENT, prompts, results
 from hosts import Network, network
 from processes import Processes
 
@@ -23,7 +22,7 @@ SERVER = "server.example.org"
 RUN_CONFIG = (
     'dataset="folder" num-clients=3 min-clients=2 connect-timeout-s=20 image-size=8 model="cnn"'
     " images-per-class=24 num-inference-steps=6 server-epochs=4 local-epochs=1 server-finetune-epochs=0 batch-size=16"
-    ' output-dir="{output}"'
+    ' prompt-level="instance" output-dir="{output}"'
 )
 
 
@@ -122,7 +121,7 @@ def test_a_run_outlives_a_cut_cable(tmp_path, processes, flwr):
     ]
     assert results(tmp_path / "digits")["upload_bytes"]["prompts_per_client"]["payload"] > 0
     assert "round 2 (train): 1 of 3 failed" in output
-    assert not re.search(r"a photo of a handwritten (zero|one|nine)", output)  # prompts are never logged
+    assert [prompt for prompt in prompts(tmp_path / "digits") if prompt in output] == []
 
 
 @pytest.mark.nightly
