@@ -22,6 +22,8 @@ from fgl_app.config import APP_FOLDER
 FOLDER = APP_FOLDER / "examples" / "deployment"
 SITES = ("site0", "site1", "site2")
 UNITS = {"fgl-superlink": "flower-superlink", "fgl-gate": "nginx", "fgl-supernode": "flower-supernode"}
+PACKAGES = {"nginx": "nginx-light", "curl": "curl", "ssh-keygen": "openssh-client"}
+"""Debian's packages of the programs that the walk-through calls."""
 VENV = Path(sys.executable).parent
 
 
@@ -100,8 +102,8 @@ class WalkThrough:
 
 @pytest.mark.e2e
 def test_the_walk_through(tmp_path):
-    if shutil.which("nginx") is None:
-        pytest.skip("the walk-through needs nginx: apt-get install nginx-light")
+    if lacking := [package for program, package in PACKAGES.items() if shutil.which(program) is None]:
+        pytest.skip(f"the walk-through needs more programs: apt-get install {' '.join(lacking)}")
     with network("server", *SITES) as hosts:
         walk = WalkThrough(tmp_path, hosts)
         walk.run("server", f'python "$FGL_APP/examples/deployment/write_sites.py" {tmp_path / "images"}')
@@ -148,6 +150,14 @@ def test_the_walk_through(tmp_path):
     with sqlite3.connect(database) as state:
         assert state.execute("SELECT COUNT(*) FROM node").fetchone() == (3,)
     assert json.loads(next(restored.rglob("first/results.json")).read_text()) == results(first)
+
+
+def test_the_walk_through_installs_the_programs_that_it_calls():
+    (installed,) = re.findall(r"^apt-get install (.*)$", (FOLDER / "README.md").read_text("utf-8"), re.M)
+    commands = "".join(block.text for block in blocks())
+
+    assert all(re.search(rf"^{program} ", commands, re.M) for program in PACKAGES)
+    assert set(PACKAGES.values()) <= set(installed.split())
 
 
 @pytest.mark.parametrize("unit", UNITS)
