@@ -45,6 +45,7 @@ from fgl_app.synthesis.launch import SynthesisReport
 from fgl_app.synthesis.plan import Plan
 from fgl_app.training import Evaluation, accuracy_by_domain
 from strategies import FGL, CheckedRounds
+from strategies.guarded_grid import guarded
 from strategies.prompt_round import PromptRound
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -80,7 +81,7 @@ def run(grid: Grid, settings: Settings) -> None:
         if settings.run.method == "centralized":
             session.train_centrally()
         else:
-            session.train_federated(grid)
+            session.train_federated(guarded(grid))
         path = folder.write_results(session.results())
     finally:
         for tracker in session.trackers:

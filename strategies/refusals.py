@@ -9,6 +9,8 @@ from flwr.app import Message
 
 from fgl_app.errors import ApprovalError, ConfigError, DataError, FGLError, ModelError, PromptError
 
+UNREADABLE = 200
+"""Code of the error that takes the place of a reply that Flower cannot read, or that answers no question of ours."""
 _ASTRAY = {  # Flower's own; see flwr.common.constant.ErrorCode
     3: "No reply came before the message expired.",
     4: "Its reply came too late.",
@@ -18,6 +20,7 @@ _SENTENCES = (
     _ASTRAY
     | {
         8: "The client's process ended.",
+        UNREADABLE: "Refused: records that are none of Flower's.",
     }
     | {
         error.client_code: error.client_sentence

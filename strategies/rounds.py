@@ -337,7 +337,12 @@ class CheckedRounds(Strategy):
         refusals = self.refusals.setdefault(number, Refusals(self._places))
         usable = []
         for reply in sorted(replies, key=reply_order):
-            node = open_nodes.pop(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+            node = open_nodes.pop(reply.metadata.reply_to_message_id, None)
+            if node is None:  # nobody has asked that, or it has been answered
+                continue
+            if reply.has_content() and reply.metadata.src_node_id != node:
+                refusals.add(node, "Refused: a reply in the name of another client.")
+                continue
             refusals.learn(node, place_of(reply))
             fault = error_sentence(reply) if reply.has_error() else fault_of(reply)
             if fault is None:

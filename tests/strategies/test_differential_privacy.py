@@ -28,7 +28,8 @@ def weights(values):
 
 def answer(strategy, grid, sent, updates, number=1, bits=None):
     """Have each client answer the round's question with the weights that it was sent plus its update."""
-    questions = strategy.configure_train(number, sent, ConfigRecord(), grid)
+    questions = list(strategy.configure_train(number, sent, ConfigRecord(), grid))
+    grid.push_messages(questions)
     replies = []
     for place, question in enumerate(questions):
         if updates[place] is None:
@@ -103,9 +104,11 @@ def test_an_update_of_zero_is_refused_and_stops_nobody(make_grid):
 
 def test_arrays_are_clipped_by_their_names_in_whatever_order_a_client_sends_them(make_grid):
     sent = ArrayRecord({name: Array(np.full(2, value, np.float32)) for name, value in (("a", 0), ("b", 10))})
-    strategy = build("fixed", clients=2, noise=1e-9, clip=100.0)
+    strategy, grid = build("fixed", clients=2, noise=1e-9, clip=100.0), make_grid(num_clients=2)
+    questions = list(strategy.configure_train(1, sent, ConfigRecord(), grid))
+    grid.push_messages(questions)
     replies = []
-    for question in strategy.configure_train(1, sent, ConfigRecord(), make_grid(num_clients=2)):
+    for question in questions:
         turned = ArrayRecord({"b": Array(np.full(2, 11, np.float32)), "a": Array(np.full(2, 1, np.float32))})
         replies.append(Message(RecordDict({"arrays": turned, "metrics": training_metrics(1, 0.5)}), reply_to=question))
 

@@ -73,6 +73,13 @@ def checked(settings):
     )
 
 
+def questions_of(strategy, grid, sent=None, number=1):
+    """Have a strategy ask its clients to train, as far as the grid names the questions."""
+    questions = list(strategy.configure_train(number, sent or record([0.0]), ConfigRecord(), grid))
+    grid.push_messages(questions)
+    return questions
+
+
 def test_nobody_is_waited_for_where_no_client_evaluates(make_grid, settings):
     strategy, arrays = checked(settings)
     grid = make_grid()
@@ -116,7 +123,7 @@ def test_fedavgm_goes_on_from_the_weights_that_fine_tuning_made(make_grid, setti
 
     for number, value in ((1, 0.0), (2, 5.0)):
         sent = ArrayRecord({name: Array(array.numpy() * 0 + value) for name, array in start.items()})
-        messages = list(strategy.configure_train(number, sent, ConfigRecord(), make_grid()))
+        messages = questions_of(strategy, make_grid(), sent, number)
         replies = []
         for message in messages:  # clients that return what they got
             content = RecordDict({"arrays": sent, "metrics": training_metrics(10, 0.5)})
@@ -129,7 +136,7 @@ def test_fedavgm_goes_on_from_the_weights_that_fine_tuning_made(make_grid, setti
 def test_a_client_does_not_choose_its_weight_in_the_unweighted_mean(make_grid):
     inner = build_inner("FedAvg", "", num_selected=2, weighting="uniform", evaluate_on_clients=False)
     strategy = CheckedRounds(inner, num_clients=2)
-    questions = list(strategy.configure_train(1, record([0.0]), ConfigRecord(), make_grid(num_clients=2)))
+    questions = questions_of(strategy, make_grid(num_clients=2))
     replies = []
     for question, value, weight in zip(questions, (1.0, 3.0), (10**6, 1), strict=True):
         metrics = MetricRecord(dict(training_metrics(10, 0.5)) | {"equal-weight": weight})
@@ -140,12 +147,31 @@ def test_a_client_does_not_choose_its_weight_in_the_unweighted_mean(make_grid):
     assert arrays["weight"].numpy().tolist() == [2.0]
 
 
+def test_a_reply_that_answers_no_question_to_its_sender_is_not_used(make_grid):
+    inner = build_inner("FedAvg", "", num_selected=3, weighting="uniform", evaluate_on_clients=False)
+    strategy = CheckedRounds(inner, num_clients=3)
+    replies = []
+    for value, question in enumerate(questions_of(strategy, make_grid()), 1):
+        content = {"arrays": record([value]), "metrics": training_metrics(10, 0.5)}
+        replies.append(Message(RecordDict(content), reply_to=question))
+    second, stray, foreign = (Message(replies[0].content, reply_to=question) for question in replies)
+    second.metadata.__dict__.update(vars(replies[0].metadata))
+    name = {"_src_node_id": replies[0].metadata.src_node_id}
+    foreign.metadata.__dict__.update(vars(replies[2].metadata) | name)
+
+    arrays, _ = strategy.aggregate_train(1, [*replies[:2], second, stray, foreign])
+
+    assert arrays["weight"].numpy().tolist() == [1.5]
+    assert strategy.refusals[1].reasons() == ["Refused: a reply in the name of another client."]
+    assert [row["node"] for row in strategy.refusals[1].rows()] == [str(replies[2].metadata.src_node_id)]
+
+
 @pytest.mark.parametrize(("seed", "logged"), [(0, 1), (None, 0)])
 def test_what_clients_cannot_read_is_noted_beside_the_round_and_logged_once(make_grid, caplog, seed, logged):
     inner = build_inner("FedAvg", "", num_selected=3, weighting="examples", evaluate_on_clients=False)
     strategy = CheckedRounds(inner, num_clients=3, seed=seed, fraction_train=0.9)  # 2.7, rounded up
     for number in (1, 2):
-        questions = list(strategy.configure_train(number, record([0.0]), ConfigRecord(), make_grid(num_clients=3)))
+        questions = questions_of(strategy, make_grid(num_clients=3), number=number)
         replies = []
         for place, (question, told) in enumerate(zip(questions, (0, 4, -1), strict=True)):
             metrics, client = training_metrics(10, 0.5), client_record(place, told)
@@ -176,7 +202,7 @@ def test_the_ledger_is_told_before_clients_are_asked_and_of_refused_replies_too(
     inner = build_inner("FedAvg", "", num_selected=4, weighting="examples", evaluate_on_clients=False)
     strategy = CheckedRounds(inner, num_clients=4, rounds_done=6, ledger=ledger)
 
-    questions = list(strategy.configure_train(1, record([0.0]), ConfigRecord(), make_grid(num_clients=4)))
+    questions = questions_of(strategy, make_grid(num_clients=4))
     assert ledger.rows == [(7, (4, 4), None)]
     replies = []
     for question, value, number in zip(questions, (1.0, np.nan, 2.0), (10, 20, 0), strict=False):  # one is silent

@@ -30,7 +30,9 @@ def build(name, rounds_done=0):
 def one_round(strategy, grid, number, arrays):
     """Have two clients move the weights, set variances of 4 and 8 and count 10 and 20 batches in the run's round."""
     replies, counted = [], number - strategy.rounds_done
-    for place, message in enumerate(strategy.configure_train(counted, arrays, ConfigRecord(), grid)):
+    questions = list(strategy.configure_train(counted, arrays, ConfigRecord(), grid))
+    grid.push_messages(questions)
+    for place, message in enumerate(questions):
         sent = message.content["arrays"]
         assert list(sent) == list(START)
         content = {

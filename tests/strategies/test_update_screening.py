@@ -247,7 +247,9 @@ def test_a_hostile_update_within_the_bound_has_no_influence_under_a_robust_mean(
     inner = build_inner(strategy, options, num_selected=5, weighting="uniform", evaluate_on_clients=False)
     rounds = CheckedRounds(inner, num_clients=5)
     sent = ArrayRecord({"weight": array([1.0, 1.0])})
-    questions = list(rounds.configure_train(1, sent, ConfigRecord(), make_grid(num_clients=5)))
+    grid = make_grid(num_clients=5)
+    questions = list(rounds.configure_train(1, sent, ConfigRecord(), grid))
+    grid.push_messages(questions)
     replies = []
     for question, value in zip(questions, (0.9, 1.0, 1.0, 1.1, 9.0), strict=True):
         content = {"arrays": ArrayRecord({"weight": array([value, value])}), "metrics": training_metrics(10, 0.5)}
