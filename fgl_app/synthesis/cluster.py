@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import socket
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from fgl_app.errors import SynthesisError
 from fgl_app.synthesis.plan import Plan, Unit
 from fgl_app.synthesis.worker import UnitWorker
 
 _CONNECT_TIMEOUT_S = 10.0
-_MAX_RETRIES = 5
-"""Times that a unit is drawn again after the death of its actor."""
+_ATTEMPTS = 3
+"""Actors that may die of a unit before it is given up."""
+_DEATHS_IN_A_ROW = 6
+"""Deaths for each actor asked for, without a unit finished in between, after which all is given up."""
 
 
 def plan_of_actor(plan: Plan) -> Plan:
@@ -30,9 +34,14 @@ class SynthesisActor:
     """Draws units in a process of its own; only numbers of images come back."""
 
     def __init__(self, plan: Plan, folder: str) -> None:
-        """Load the generator."""
+        """Remember what to draw."""
+        self._plan, self._folder = plan_of_actor(plan), Path(folder)
+
+    @functools.cached_property
+    def _worker(self) -> UnitWorker:
+        # Loaded by the first unit: what fails there reaches the driver as the error that it is.
         torch.set_num_threads(1)
-        self._worker = UnitWorker(plan_of_actor(plan), Path(folder), num_threads=1)
+        return UnitWorker(self._plan, self._folder, num_threads=1)
 
     def run(self, unit: Unit) -> tuple[int, int]:
         """Draw and commit a unit; see :meth:`UnitWorker.run`."""
@@ -40,12 +49,14 @@ class SynthesisActor:
 
 
 def draw_on_cluster(
-    plan: Plan, folder: Path, units: Iterator[Unit], num_workers: int, ray_address: str
+    plan: Plan,
+    folder: Path,
+    units: Iterator[Unit],
+    num_workers: int,
+    ray_address: str,
+    actor: type[SynthesisActor] = SynthesisActor,
 ) -> Iterator[tuple[int, int]]:
     """Draw units and yield of each, as it is committed, its number of images and how many of them were drawn.
-
-    Every actor has one unit in work and one waiting. Ray starts a dead actor again and hands it its units, of which
-    those that were committed are not drawn again.
 
     Args:
         plan: What to draw.
@@ -53,9 +64,11 @@ def draw_on_cluster(
         units: What the store lacks.
         num_workers: Number of actors; each has a GPU where the plan's device is one.
         ray_address: Of a cluster; empty for actors on this machine.
+        actor: What draws.
 
     Raises:
-        SynthesisError: If a unit's actor dies again and again, or the cluster cannot be reached or has too few GPUs.
+        SynthesisError: If actors die of a unit again and again, which is told when all others are drawn, or cannot
+            start, or the cluster cannot be reached or has too few GPUs.
     """
     on_gpu = torch.device(plan.device).type == "cuda"
     try:
@@ -70,39 +83,65 @@ def draw_on_cluster(
     try:
         if on_gpu:
             _check_gpus(num_workers)
-        remote: Any = ray.remote(SynthesisActor)
-        options = {"num_cpus": 0, "num_gpus": int(on_gpu), "max_restarts": -1, "max_task_retries": _MAX_RETRIES}
-        actors = [remote.options(**options).remote(plan, str(folder.resolve())) for _ in range(num_workers)]
-        running: dict[Any, tuple[int, Unit]] = {}
-
-        def give(number: int, unit: Unit) -> None:
-            running[actors[number].run.remote(unit)] = number, unit
-
-        for _ in range(2):
-            for number in range(num_workers):
-                if (unit := next(units, None)) is not None:
-                    give(number, unit)
-        while running:
-            (finished,), _ = ray.wait(list(running), num_returns=1)
-            number, unit = running.pop(finished)
-            try:
-                counts = ray.get(finished)
-            except RayTaskError as error:  # what the unit itself raised: a full disk, no memory
-                raise error.cause from None
-            except RayActorError as error:
-                if "creation task" in str(error):
-                    raise SynthesisError(
-                        f"A synthesis actor must be able to start, but: {str(error).strip().splitlines()[-1]}"
-                    ) from None
-                raise SynthesisError(
-                    f"A synthesis actor must survive its unit, but {_MAX_RETRIES + 1} died of unit {unit.unit_id}: out "
-                    "of memory, or killed. Finished units are kept."
-                ) from None
-            if (following := next(units, None)) is not None:
-                give(number, following)
-            yield counts
+        remote = cast(Any, ray.remote(actor)).options(num_cpus=0, num_gpus=int(on_gpu))
+        yield from _hand_out(units, num_workers, lambda: remote.remote(plan, str(folder.resolve())))
     finally:
         ray.shutdown()
+
+
+def _hand_out(units: Iterator[Unit], num_workers: int, start: Callable[[], Any]) -> Iterator[tuple[int, int]]:
+    """Give every actor one unit to draw and one that waits; see :func:`draw_on_cluster`.
+
+    A dead actor is replaced. Its units are begun again after all others, and are not drawn if they were committed.
+    """
+    actors = [start() for _ in range(num_workers)]
+    queues: list[deque[tuple[Any, Unit]]] = [deque() for _ in actors]
+    again: deque[Unit] = deque()
+    deaths: Counter[Unit] = Counter()
+    in_a_row = 0
+    while True:
+        for length in (1, 2):
+            for actor, queue in zip(actors, queues, strict=True):
+                unit = (next(units, None) or (again and again.popleft())) if len(queue) < length else None
+                if unit:
+                    queue.append((actor.run.remote(unit), unit))
+        running = {queue[0][0]: number for number, queue in enumerate(queues) if queue}
+        if not running:
+            break
+        (finished,), _ = ray.wait(list(running), num_returns=1)
+        number = running[finished]
+        _, unit = queues[number].popleft()
+        try:
+            counts = ray.get(finished)
+        except RayTaskError as error:  # what the unit itself raised: no such generator, a full disk, no memory
+            raise error.cause from None
+        except (RayActorError, NodeDiedError, OutOfMemoryError) as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise SynthesisError(
+                    f"A synthesis actor must be able to start, but: {str(error).strip().splitlines()[-1]}"
+                ) from None
+            in_a_row += 1
+            deaths[unit] += 1
+            if in_a_row == _DEATHS_IN_A_ROW * num_workers:
+                break
+            again.extend(waiting for _, waiting in queues[number])
+            if deaths[unit] < _ATTEMPTS:
+                again.append(unit)
+            queues[number].clear()
+            ray.kill(actors[number])  # one that cannot be reached may still live
+            actors[number] = start()
+        else:
+            in_a_row = 0
+            deaths.pop(unit, None)
+            yield counts
+    if deaths:
+        names = [unit.unit_id for unit in deaths]
+        raise SynthesisError(
+            f"Synthesis actors must survive their units, but {deaths.total()} died of {len(deaths)} of them: "
+            f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}. "
+            f"{'So many died in a row that the rest was given up' if running else 'All others are drawn'}. Memory ran "
+            "out, or they were killed: use fewer `synthesis-workers`, or machines with more memory, and start again."
+        )
 
 
 def _check_gpus(num_workers: int) -> None:

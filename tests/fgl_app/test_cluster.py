@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import actors
 import psutil
 import pytest
 from plans import ids_of, plan_of, store_of
@@ -135,10 +136,13 @@ def test_what_a_cluster_cannot_do_is_one_sentence(cluster, tmp_path):
 
     on_gpus = draw_on(cluster, dataclasses.replace(plan, device="cuda"), tmp_path, tmp_path / "store")
     in_a_file = draw_on(cluster, plan, tmp_path, tmp_path / "file")
+    absent = plan_of(PromptBudget(0, "zero", 3), generator="/absent")
+    of_nothing = draw_on(cluster, absent, tmp_path, tmp_path / "store")
 
-    assert (on_gpus.returncode, in_a_file.returncode) == (1, 1)
+    assert (on_gpus.returncode, in_a_file.returncode, of_nothing.returncode) == (1, 1, 1)
     assert "error: `synthesis-workers` must be at most the number of GPUs that Ray has, 0, but is 2" in on_gpus.stderr
     assert "must be writable and have room" in in_a_file.stderr.splitlines()[-1]
+    assert "\nerror: `generator` must be" in of_nothing.stderr
 
 
 def wait_for(address: str) -> None:
@@ -148,6 +152,44 @@ def wait_for(address: str) -> None:
             return
         time.sleep(0.2)
     raise AssertionError("the cluster did not start")
+
+
+def draw_with(actor: str, plan: Plan, folder: Path) -> subprocess.CompletedProcess[str]:
+    plan.save(folder / "plan.json")
+    command = [sys.executable, actors.__file__, actor, str(folder / "plan.json"), str(folder / "store")]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.e2e
+def test_a_unit_that_kills_its_actors_is_named_when_all_others_are_drawn(tmp_path):
+    plan = plan_of(*(PromptBudget(label, f"handwritten {label}", UNIT_SIZE) for label in range(4)))
+    store = store_of(plan, tmp_path / "store")
+
+    ended = draw_with("Mortal", plan, tmp_path)
+
+    assert ended.stdout.count("(64, 64)\n") == 3
+    assert [store.has(unit.unit_id) for unit in plan.units()] == [True, False, True, True]
+    deadly = list(plan.units())[1].unit_id
+    assert f"but 3 died of 1 of them: {deadly}. All others are drawn. Memory ran out, or they " in ended.stderr
+    assert "handwritten" not in ended.stderr
+    assert work(plan, store.folder) == UNIT_SIZE
+
+
+@pytest.mark.e2e
+def test_an_actor_that_cannot_start_is_one_sentence(tmp_path):
+    ended = draw_with("Homeless", plan_of(PromptBudget(0, "zero", 3)), tmp_path)
+
+    sentence = "A synthesis actor must be able to start, but: ModuleNotFoundError: No module named 'fgl_app'"
+    assert ended.stderr.splitlines()[-1] == sentence
+
+
+@pytest.mark.e2e
+def test_actors_that_die_while_they_start_are_not_started_for_ever(tmp_path):
+    ended = draw_with("Stillborn", plan_of(PromptBudget(0, "zero", 10 * UNIT_SIZE)), tmp_path)
+
+    assert "but 6 died of 6 of them: " in ended.stderr
+    assert "and others. So many died in a row that the rest was given up. " in ended.stderr
+    assert len(list(tmp_path.glob("store-*"))) in (6, 7)  # Ray may begin one more
 
 
 def test_an_actor_draws_the_same_identities_on_the_one_gpu_that_it_sees():
