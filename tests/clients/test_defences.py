@@ -1,4 +1,6 @@
 import math
+import re
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from clients.defences import (
     withhold_counts,
 )
 from fgl_app.errors import ConfigError
-from fgl_app.privacy.lexicon import load_lexicon
+from fgl_app.privacy.lexicon import LOCALES, load_lexicon
 from fgl_app.privacy.prompt_leaks import find_leaks
 from fgl_app.prompts import PromptCount
 
@@ -34,11 +36,25 @@ def lexicon():
         ("a letter to Maria Gonzalez, on a table", "a letter to, on a table"),
         ("a sign that says jane.doe@example.org", "a sign that says"),
         ("a photo of a cat from 12.03.1975", "a photo of a cat from"),
+        ("a cat with a tag that says Kowalski", "a cat with a tag that says"),
+        ("a cat beside anna kowalski on a sofa", "a cat beside on a sofa"),
+        ("a cat of nhật nguyễn", "a cat of"),
+        ("a cat that mary brown holds", "a cat that mary brown holds"),  # the words are common ones
         ("a cat on a sofa", "a cat on a sofa"),
     ],
 )
 def test_what_identifies_somebody_is_removed(lexicon, caption, left):
     assert scrub(caption, lexicon, PUBLIC, strict=False) == left
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_every_list_of_names_is_read(lexicon, locale):
+    """Languages do not call their lists alike: the men's surnames of Polish have one of their own."""
+    provider = import_module(f"faker.providers.person.{locale}").Provider
+    lists = [name for name in dir(provider) if re.search(r"(first|middle|last)_names", name)]
+    names = {str(each).lower() for name in lists for each in getattr(provider, name)}
+
+    assert {each for each in names if len(each) > 2} <= lexicon.given_names | lexicon.surnames
 
 
 def test_strict_removes_rare_words_too(lexicon):
