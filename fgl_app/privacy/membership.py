@@ -6,12 +6,14 @@ Learning Models", USENIX Security) attack with a threshold on each of them. What
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import entr, log_softmax, logsumexp
+from scipy.stats import hypergeom
 from sklearn.metrics import roc_curve
 
 Floats = npt.NDArray[np.float64]
@@ -44,6 +46,8 @@ class Attack:
     """Area under the ROC curve: probability that a member scores above a non-member; 0.5 is guessing."""
     tpr: Mapping[float, Estimate]
     """Share of the members found by the best threshold whose false-positive rate is at most the key."""
+    p_values: Mapping[float, float]
+    """Probability, for each key of ``tpr``, that guessing finds as many members; see :func:`guessing_p_value`."""
     least_fpr: float
     """1 / number of non-members: below it a false-positive rate can only be zero."""
 
@@ -165,15 +169,44 @@ def attack(
     low, high = np.quantile(drawn, tails, axis=0)
     # The interval is that of the signed difference: where it holds zero, the absolute difference may be zero.
     least = 0.0 if low[0] <= 0 <= high[0] else min(abs(low[0]), abs(high[0]))
+    tpr = {
+        rate: Estimate(*map(float, (found[index], low[index], high[index])))
+        for index, rate in enumerate(FALSE_POSITIVE_RATES, start=2)
+    }
     return Attack(
         Estimate(abs(float(found[0])), float(least), float(max(abs(low[0]), abs(high[0])))),
         Estimate(*map(float, (found[1], low[1], high[1]))),
+        tpr,
         {
-            rate: Estimate(*map(float, (found[index], low[index], high[index])))
-            for index, rate in enumerate(FALSE_POSITIVE_RATES, start=2)
+            rate: guessing_p_value(
+                round(each.value * len(members)), allowed_alarms(rate, len(others)), len(members), len(others)
+            )
+            for rate, each in tpr.items()
         },
         1 / len(others),
     )
+
+
+def allowed_alarms(rate: float, num_others: int) -> int:
+    """Return how many of the non-members may be taken for members at a false-positive rate."""
+    return math.floor(rate * num_others + 1e-9)
+
+
+def guessing_p_value(found: int, allowed: int, num_members: int, num_others: int) -> float:
+    """Return the probability that guessing finds as many members or more at a number of false alarms.
+
+    Guessing ranks the images in a random order. A threshold that lets ``allowed`` others through finds ``found``
+    members or more if at least that many of the first ``found + allowed`` images are members, which has a
+    hypergeometric probability. It is exact for any number of images, which a bootstrap of so few is not, and too large,
+    never too small, where scores are equal.
+
+    Args:
+        found: Members above the threshold.
+        allowed: Others that may be.
+        num_members: N.
+        num_others: M, more than ``allowed``.
+    """
+    return float(hypergeom.sf(found - 1, num_members + num_others, num_members, found + allowed))
 
 
 def roc(members: Floats, others: Floats, sign: int) -> tuple[Floats, Floats]:

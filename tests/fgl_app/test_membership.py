@@ -1,4 +1,6 @@
+import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import roc_auc_score
 
+from fgl_app.audit.membership_check import verdict
 from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import load_split
@@ -16,6 +19,7 @@ from fgl_app.privacy.membership import (
     SIGNS,
     attack,
     balanced,
+    guessing_p_value,
     measures,
     offline_lira,
     random_halves,
@@ -92,6 +96,41 @@ def test_the_attack_agrees_with_scikit_learn_and_lies_in_its_interval():
     for estimate in (found.gap, found.auc, *found.tpr.values()):
         assert estimate.low <= estimate.value <= estimate.high
         assert estimate.low < estimate.high
+
+
+def test_guessing_finds_members_as_often_as_a_random_ranking():
+    orders = list(itertools.permutations("mmmooo"))
+
+    # At least two members stand before the second other.
+    seconds = [[place for place, side in enumerate(order) if side == "o"][1] for order in orders]
+    share = np.mean([second - 1 >= 2 for second in seconds])
+
+    assert guessing_p_value(2, 1, 3, 3) == pytest.approx(share)
+    assert guessing_p_value(0, 0, 3, 3) == 1
+
+
+def test_a_few_exposed_members_are_told_though_the_area_is_that_of_guessing():
+    others = np.arange(240.0)
+    members = others + np.where(others % 20 == 0, 1000, 0)  # 12 of 240 are exposed
+    attacks = {measure: attack(members, others, 1, rng()) for measure in SIGNS}
+
+    said = verdict("FedAvg", attacks, 240)
+
+    assert attacks["loss"].auc.low < 0.5 < attacks["loss"].auc.value < 0.54
+    assert said.startswith("FedAvg: some members can be told from other images")
+    assert "With no false alarm among 240 others the attack by " in said
+    assert re.search(r"finds 5\.0 % of the members \(2\.\d to [789]\.\d %\), guessing 0\.4 %\.$", said)
+
+
+def test_guesses_of_many_measures_and_rates_expose_nobody():
+    def guesses(draws):
+        return {measure: attack(draws.normal(size=240), draws.normal(size=240), 1, draws, 50) for measure in SIGNS}
+
+    said = [verdict("FedAvg", guesses(np.random.default_rng(seed)), 240) for seed in range(20)]
+
+    # At a level of 5 % five or more of twenty have a probability of 0.003.
+    assert sum("some members can be told" in each for each in said) < 5
+    assert any("members cannot be told from other images; the best attack, by " in each for each in said)
 
 
 def test_the_interval_of_a_gap_reaches_zero_where_its_sign_is_open():
