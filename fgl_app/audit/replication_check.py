@@ -10,7 +10,7 @@ from fgl_app.audit.backbones import open_backbone
 from fgl_app.audit.check import Check
 from fgl_app.audit.figures import pairs_figure, similarity_figure
 from fgl_app.audit.material import Material, all_real_images
-from fgl_app.privacy.replication import QUANTILE, find_replicas, top_pairs
+from fgl_app.privacy.replication import NEAR_IDENTICAL, QUANTILE, Replication, find_replicas, top_pairs
 from fgl_app.reporting.finished_run import synthetic_images
 from fgl_app.training import pick_device
 
@@ -47,19 +47,6 @@ def check_replication(material: Material, backbone: str) -> Check:
     real = all_real_images(material, opened.size_px)
     found = find_replicas(opened(synthetic), opened(real.members), opened(real.others))
     pairs = top_pairs(found, SHOWN_PAIRS)
-    share, usual = found.near_copies / len(synthetic), float(np.mean(found.baseline > found.threshold))
-    verdict = (
-        f"The synthetic images replicate private training images: {found.near_copies:,} of {len(synthetic):,} "
-        f"({100 * share:.1f} %)"
-        if found.replicates
-        else f"The synthetic images do not replicate private training images: {found.near_copies:,} of "
-        f"{len(synthetic):,} ({100 * share:.1f} %)"
-    )
-    sentence = (
-        f"{verdict} are near-copies, nearer to a training image than {100 * QUANTILE:g} % of the real images on which "
-        f"nobody trained (cosine similarity above {found.threshold:.3f}, {opened.name}); of those images themselves "
-        f"{100 * usual:.1f} % are (Fisher's exact test, one-sided: p = {found.p_value:.2g})."
-    )
     content = {
         "backbone": opened.name,
         "num_synthetic": len(synthetic),
@@ -69,6 +56,9 @@ def check_replication(material: Material, backbone: str) -> Check:
         "threshold": found.threshold,
         "near_copies": found.near_copies,
         "p_value": found.p_value,
+        "beyond_baseline": found.beyond_baseline,
+        "near_identical": found.near_identical,
+        "near_identical_held_out": found.usual_identical,
         "replicates": found.replicates,
         "median_similarity": float(np.median(found.similarity[:, 0])),
         "median_baseline": float(np.median(found.baseline)),
@@ -76,10 +66,39 @@ def check_replication(material: Material, backbone: str) -> Check:
     }
     shown = [(synthetic.images[row], real.members.images[near], similarity) for row, near, similarity in pairs]
     return Check(
-        [sentence],
+        [verdict(found, opened.name)],
         content,
         {
             "similarity": similarity_figure(found.similarity[:, 0], found.baseline, found.threshold, opened.name),
             "pairs": pairs_figure(shown),
         },
+    )
+
+
+def verdict(found: Replication, features: str) -> str:
+    """Say whether synthetic images replicate training images, and by what numbers.
+
+    Args:
+        found: What was compared.
+        features: Name of what was compared.
+    """
+    synthetic, held_out = len(found.similarity), len(found.baseline)
+    usual = float(np.mean(found.baseline > found.threshold))
+    share = f"{found.near_copies:,} of {synthetic:,} ({100 * found.near_copies / synthetic:.1f} %)"
+    if found.more_near_copies:
+        said = "The synthetic images replicate private training images"
+    elif found.copies:
+        said = (
+            "Some synthetic images are all but identical to private training images (audit/pairs.png shows the nearest "
+            "pairs), though no more are near-copies than chance explains"
+        )
+    else:
+        said = "The synthetic images do not replicate private training images"
+    return (
+        f"{said}: {share} are near-copies, nearer to a training image than {100 * QUANTILE:g} % of the real images on "
+        f"which nobody trained (cosine similarity above {found.threshold:.3f}, {features}); of those images themselves "
+        f"{100 * usual:.1f} % are (Fisher's exact test, one-sided: p = {found.p_value:.2g}). Of the synthetic images "
+        f"{found.beyond_baseline:,} are nearer than any of those (above {found.baseline.max():.3f}) and "
+        f"{found.near_identical:,} all but identical to a training image ({NEAR_IDENTICAL:g} and more), as are "
+        f"{found.usual_identical:,} of those {held_out:,} real images."
     )

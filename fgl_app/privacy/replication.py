@@ -19,6 +19,8 @@ QUANTILE = 0.99
 """A synthetic image is a near-copy if it is nearer to a training image than this share of the held-out real images."""
 SIGNIFICANCE = 0.01
 """Largest p-value at which a run is said to replicate."""
+NEAR_IDENTICAL = 0.999
+"""Similarity from which on two images are all but identical; exact copies reach 1 but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,37 @@ class Replication:
     exact test, one-sided, of near-copies among the synthetic against the same among the held-out images."""
 
     @property
-    def replicates(self) -> bool:
+    def beyond_baseline(self) -> int:
+        """Synthetic images more similar to a training image than any held-out image is."""
+        return int((self.similarity[:, 0] > self.baseline.max()).sum())
+
+    @property
+    def near_identical(self) -> int:
+        """Synthetic images that are all but identical to a training image."""
+        return int((self.similarity[:, 0] >= NEAR_IDENTICAL).sum())
+
+    @property
+    def usual_identical(self) -> int:
+        """Held-out images that are: data sets hold duplicates themselves."""
+        return int((self.baseline >= NEAR_IDENTICAL).sum())
+
+    @property
+    def more_near_copies(self) -> bool:
         """Whether there are more near-copies than chance explains."""
         return self.p_value < SIGNIFICANCE
+
+    @property
+    def copies(self) -> bool:
+        """Whether training images are all but identical to a larger share of the synthetic than of the held-out images.
+
+        A few exact copies among thousands of images are too few for :attr:`more_near_copies`.
+        """
+        return self.near_identical * len(self.baseline) > self.usual_identical * len(self.similarity)
+
+    @property
+    def replicates(self) -> bool:
+        """Whether there are more near-copies, or more copies, than real images give reason to expect."""
+        return self.more_near_copies or self.copies
 
 
 def find_replicas(synthetic: Floats, train: Floats, held_out: Floats, num_neighbours: int = 2) -> Replication:

@@ -9,7 +9,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from fgl_app.audit.backbones import open_backbone
 from fgl_app.audit.material import all_real_images, open_material
-from fgl_app.audit.replication_check import check_replication
+from fgl_app.audit.replication_check import check_replication, verdict
 from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.data.images import ImageSet, resize
 from fgl_app.data.sources import load_split
@@ -40,6 +40,35 @@ def test_copies_are_found_beside_what_real_images_are_to_each_other():
     assert not find_replicas(fresh, train, held_out).replicates
     assert found.threshold == pytest.approx(np.quantile(found.baseline, 0.99))
     assert (found.similarity[:, 0] >= found.similarity[:, 1]).all()
+
+
+def test_a_few_exact_copies_among_thousands_are_told():
+    """Fifteen of 2,000 are less than the one in a hundred held-out images that are near-copies by definition."""
+    train, held_out = features(200, 0), features(300, 1)
+    found = find_replicas(np.concatenate([features(1985, 2), train[:15]]), train, held_out)
+
+    said = verdict(found, "pixels")
+
+    assert not found.more_near_copies
+    assert found.replicates
+    assert (found.near_identical, found.usual_identical) == (15, 0)
+    assert found.beyond_baseline >= 15
+    assert "do not replicate" not in said
+    assert said.startswith("Some synthetic images are all but identical to private training images")
+    assert " and 15 all but identical to a training image (0.999 and more), as are 0 of those 300 real images." in said
+
+
+def test_duplicates_within_a_data_set_are_no_copies_of_the_generator():
+    train, fresh = features(200, 0), features(100, 1)
+    held_out = np.concatenate([fresh, train[:5]])
+
+    same = find_replicas(np.concatenate([features(400, 2), train[:19]]), train, held_out)
+    more = find_replicas(np.concatenate([features(400, 2), train[:21]]), train, held_out)
+
+    # 5 of 105 held-out images are in the training set: as large a share as 20 of 420.
+    assert (same.near_identical, same.copies) == (19, False)
+    assert verdict(same, "pixels").startswith("The synthetic images do not replicate private training images: ")
+    assert more.copies
 
 
 def test_the_search_is_exact_and_knows_no_scale():
