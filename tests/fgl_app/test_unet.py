@@ -1,12 +1,14 @@
 """Our UNet against that of diffusers, on small random ones of the shapes that the family has."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from fgl_app.compilation import lacking_for_compilation, reproducible
 from fgl_app.synthesis.unet import PlainUNet, is_plain
 
 FAMILY = {
@@ -33,19 +35,23 @@ def unet(**changes: Any) -> UNet2DConditionModel:
 
 
 @torch.inference_mode()
-def evaluated(theirs: UNet2DConditionModel, sides: tuple[int, int]) -> dict[str, torch.Tensor]:
+def evaluated(
+    theirs: UNet2DConditionModel, sides: tuple[int, int], compiled: Callable[..., Any] = lambda function: function
+) -> dict[str, torch.Tensor]:
+    """Evaluate both UNets, of ours the functions that ``compiled`` makes of its own."""
     generator = torch.Generator().manual_seed(1)
     latents, text = torch.randn(3, 4, *sides, generator=generator), torch.randn(6, 5, 24, generator=generator)
     timestep = torch.tensor(300)
     ours = PlainUNet(theirs)
+    full, shallow = compiled(ours.full), compiled(ours.shallow)
     time, context = ours.time_embedding(timestep), ours.context(text)
-    both, deep = ours.full(latents, time, context)
+    both, deep = full(latents, time, context)
     second = [(key[3:], value[3:]) for key, value in context]
     return {
         "expected": theirs(torch.cat([latents, latents]), timestep, text, return_dict=False)[0],
         "both": both,
         "second": ours.full(latents, time, second)[0],
-        "shallow": ours.shallow(latents, time, context, deep),
+        "shallow": shallow(latents, time, context, deep),
     }
 
 
@@ -84,3 +90,19 @@ def test_our_unet_computes_what_that_of_diffusers_does(name, sides):
 )
 def test_a_unet_that_computes_something_else_is_left_to_its_pipeline(changes):
     assert not is_plain(unet(**changes))
+
+
+@pytest.mark.skipif(lacking_for_compilation("cpu") is not None, reason="needs a C++ compiler and Python's headers")
+def test_our_unet_is_compiled_whole_and_computes_the_same():
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+
+    compiled = evaluated(unet(), (8, 8), reproducible)
+
+    assert counters["stats"]["unique_graphs"] == 2  # all of it, and the shallow end
+    assert not counters["graph_break"]
+    torch.compiler.reset()
+    plain = evaluated(unet(), (8, 8))
+    for each in ("both", "shallow"):
+        torch.testing.assert_close(compiled[each], plain[each], rtol=1e-4, atol=1e-5)
