@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -120,23 +121,26 @@ def _check_embeddings(material: Material, public: frozenset[str]) -> Check:
     )
     certain = [error < CERTAIN_ERROR for error in found.errors]
     read = [
-        PromptCount(item.label, text, item.count, item.domain, item.clients)
+        (PromptCount(item.label, text, item.count, item.domain, item.clients), sure)
         for item, text, sure in zip(chosen, found.texts, certain, strict=True)
-        if sure
+        if text
     ]
-    what = f"{sum(certain)} of {len(certain)} embeddings that were tried"
+    guesses = sum(not sure for _, sure in read)
     sentences = [
-        f"The clients sent {len(run.prompts):,} embeddings. The words of {what} could be read back with certainty, by "
-        f"the generator's own text encoder{found.limits}."
-        if read
-        else f"The clients sent {len(run.prompts):,} embeddings. None of {len(certain)} that were tried could be read "
-        f"back with certainty{found.limits}; noise, a mean or a cut hides the words."
+        f"The clients sent {len(run.prompts):,} embeddings. The words of {sum(certain) or 'none'} of {len(certain)} "
+        "embeddings that were tried could be read back with certainty, by the generator's own text encoder"
+        f"{found.limits}."
     ]
+    if guesses:
+        sentences.append(
+            f"What was read of {guesses} others are guesses, which may be right word for word: noise, a mean or a cut "
+            "makes them uncertain, which does not show that it hides the words."
+        )
     figures = {}
     if found.shares:
         figures["noise"] = noise_figure(found.scales, found.shares)
         sentences.append(
-            "Gaussian noise would hide them: with a standard deviation of "
+            "What Gaussian noise would leave of those words: with a standard deviation of "
             + ", ".join(f"{scale:g}" for scale in found.scales)
             + " times the root mean square of an embedding's entries, inversion finds "
             + ", ".join(f"{100 * share:.0f} %" for share in found.shares)
@@ -155,13 +159,29 @@ def _check_embeddings(material: Material, public: frozenset[str]) -> Check:
     if not read:
         counted = _counts_sentence(_images_per_class(run.prompts), run.class_names, settings)
         return Check([*sentences, counted], content, figures)
+    audited = audit_prompts([item for item, _ in read], load_lexicon(), public)
     described = _described(
-        audit_prompts(read, load_lexicon(), public), run.class_names, "Those that could be read", settings
+        dataclasses.replace(audited, images_per_class=_images_per_class(run.prompts)),  # of those not tried, too
+        run.class_names,
+        "Those that were read, guesses among them," if guesses else "Those that could be read",
+        settings,
+        frozenset(item for item, sure in read if sure),
     )
+    if guesses:
+        sentences.append(
+            "What follows holds of the words that were read: what a guess shows may not have been said, and what it "
+            "does not show may have been; audit.json tells which is which."
+        )
     return Check([*sentences, *described.findings], {**described.content, **content}, figures)
 
 
-def _described(audited: PromptAudit, class_names: Sequence[str], who: str, settings: Settings | None = None) -> Check:
+def _described(
+    audited: PromptAudit,
+    class_names: Sequence[str],
+    who: str,
+    settings: Settings | None = None,
+    certain: frozenset[PromptCount] | None = None,
+) -> Check:
     exact = settings is None or settings.privacy.prompt_counts == "exact"
     sentences = [
         f"{who} gave {audited.num_prompts:,} distinct prompts, {audited.from_one_client:,} of them sent by a single "
@@ -187,7 +207,8 @@ def _described(audited: PromptAudit, class_names: Sequence[str], who: str, setti
     for item, found in audited.findings:
         if len(examples[found.kind]) < _MAX_EXAMPLES:
             shown = item.prompt[found.start : found.end]
-            examples[found.kind].append({"label": item.label, "found": shown, "prompt": item.prompt})
+            example = {"label": item.label, "found": shown, "prompt": item.prompt}
+            examples[found.kind].append(example if certain is None else example | {"certain": item in certain})
     content = {
         "num_prompts": audited.num_prompts,
         "num_images": audited.num_images,

@@ -69,7 +69,12 @@ def _membership(part: Mapping[str, Any]) -> list[Table]:
 
 def _leaks(part: Mapping[str, Any], class_names: tuple[str, ...]) -> list[Table]:
     found = [
-        [kind, class_names[each["label"]] if each["label"] < len(class_names) else "", each["found"], each["prompt"]]
+        [
+            kind,
+            class_names[each["label"]] if each["label"] < len(class_names) else "",
+            each["found"],
+            each["prompt"] if each.get("certain", True) else f"{each['prompt']} (a guess)",
+        ]
         for kind, examples in part.get("examples", {}).items()
         for each in examples
     ]

@@ -1,16 +1,21 @@
 """Audits of real small runs, as the command makes them."""
 
+import dataclasses
 import json
 import math
 import re
 import statistics
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from scipy.stats import t as student
 from typer.testing import CliRunner
 
 from clients.approval import wait_for_approval
-from fgl_app.audit.prompt_check import read_captions
+from clients.embedding import TextEncoder
+from fgl_app.audit.material import open_material
+from fgl_app.audit.prompt_check import check_prompts, read_captions
 from fgl_app.audit.tables import comparison
 from fgl_app.checks import check_settings
 from fgl_app.cli import cli
@@ -18,6 +23,7 @@ from fgl_app.config import parse_run_config
 from fgl_app.errors import ApprovalError, ConfigError, RunFolderError
 from fgl_app.privacy.membership import SIGNS
 from fgl_app.prompts import PromptCount
+from fgl_app.records import embedding_name
 from fgl_app.reporting.report import write_report
 from fgl_app.server_app import run
 
@@ -157,6 +163,40 @@ def test_embeddings_are_read_back_and_their_words_audited(train_run):
     assert part["embeddings"]["words_found"][0] == 1
     assert (folder / "audit" / "noise.png").read_bytes()[:4] == b"\x89PNG"
     assert "embeddings that were tried could be read back with certainty" in said
+
+
+def test_words_behind_noise_are_guessed_and_audited_all_the_same(make_run):
+    """Noise of a tenth of the root mean square makes readings uncertain and leaves most of their words."""
+    folder = make_run()
+    noise = torch.Generator().manual_seed(3)  # one under which the name stays whole
+    texts = ["eight, ask anna kowalski", "ankle boot, dark, woven"]
+    clean = TextEncoder("tiny", "", torch.device("cpu"))(texts)
+    noisy = [each + 0.1 * each.square().mean().sqrt() * torch.randn(each.shape, generator=noise) for each in clean]
+    embeddings = {embedding_name(each): each for each in (clean[1], *noisy)}
+    save_file(embeddings, folder / "embeddings.safetensors")
+    material = open_material(folder, None, [])
+    material = dataclasses.replace(
+        material,
+        run=dataclasses.replace(material.run, prompts=tuple(PromptCount(8, name, 1) for name in embeddings)),
+        settings=dataclasses.replace(
+            material.settings, prompts=dataclasses.replace(material.settings.prompts, prompt_level="embedding")
+        ),
+    )
+
+    check = check_prompts(material)
+
+    said = " ".join(check.findings)
+    assert "The words of 1 of 3 embeddings that were tried could be read back with certainty" in said
+    assert "What was read of 2 others are guesses, which may be right word for word" in said
+    assert "hides the words." in said
+    (name,) = check.content["examples"]["name"]
+    assert (name["found"], name["certain"]) == ("anna kowalski", False)
+    assert "kowalski" not in said
+    (folder / "audit").mkdir()
+    parts = {"membership": {"findings": []}, "replication": {"findings": []}}
+    prompts = {"findings": list(check.findings), **check.content}
+    (folder / "audit" / "audit.json").write_text(json.dumps(parts | {"prompts": prompts}))
+    assert "eight , ask anna kowalski (a guess)" in write_report(folder).read_text()
 
 
 def test_noised_counts_and_random_classes_are_not_called_exact(make_run):
