@@ -163,6 +163,21 @@ def test_a_small_decoder_takes_the_place_of_the_own_one(tmp_path, monkeypatch):
         load_pipeline(dataclasses.replace(SETTINGS, decoder=str(tmp_path / "absent")), CPU)
 
 
+@pytest.mark.parametrize(("room", "sizes"), [(5, [5]), (2, [2, 2, 1]), (0.5, [1] * 5)])
+def test_images_decoded_in_parts_are_those_decoded_at_once(monkeypatch, room, sizes):
+    generator = load_generator(SETTINGS, CPU)
+    prompts, seeds = [(f"a handwritten {number}", "") for number in range(5)], list(range(5))
+    expected = images(generator, prompts, seeds)
+    decoded: list[int] = []
+    generator._pipeline.vae.decoder.register_forward_pre_hook(lambda _, arguments: decoded.append(len(arguments[0])))
+    monkeypatch.setattr("fgl_app.synthesis.latent_diffusion._DECODED_PIXELS", int(room * 32 * 32))
+
+    drawn = images(generator, prompts, seeds)
+
+    assert decoded == sizes
+    assert (drawn - expected).abs().max() <= 1
+
+
 def test_a_lora_changes_what_is_drawn(tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model_state_dict
 
