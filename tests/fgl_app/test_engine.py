@@ -42,6 +42,49 @@ def test_the_shipped_generator_draws_any_prompt(prompt):
     assert image.float().std() > 5  # something was drawn
 
 
+class Counting:
+    """The shipped generator, which notes what it encodes."""
+
+    def __init__(self, generator) -> None:
+        self.generator, self.generate = generator, generator.generate
+        self.encoded: list[tuple] = []
+
+    def encode(self, prompts):
+        self.encoded += prompts
+        return self.generator.encode(prompts)
+
+
+def test_each_prompt_is_encoded_once_for_all_batches_units_and_further_attempts():
+    plan = dataclasses.replace(
+        plan_of(
+            PromptBudget(0, "zero", 30), PromptBudget(1, "one", 50), PromptBudget(1, "one", 20, "ink"),
+            filter_attempts=1,
+        ),
+        negatives={"": "", "ink": "chalk"},
+    )  # fmt: skip
+    generator = Counting(load_generator(plan.settings, CPU))
+    engine = Engine(plan, generator, {}, list, plan.batch_size)
+    engine.judges = [lambda images, labels: torch.arange(len(images)) % 4 > 0]  # the others are drawn again
+
+    drawn = [engine.draw(unit) for unit in plan.units()]
+
+    assert [sum(count for count, _ in unit.judged.values()) for unit in drawn] == [64 + 16, 36 + 9]
+    assert sorted(generator.encoded) == [("one", ""), ("one", "chalk"), ("zero", "")]
+
+
+def test_of_many_prompts_those_used_last_stay_encoded(monkeypatch):
+    monkeypatch.setattr("fgl_app.synthesis.engine._KEPT_CONDITIONS", 2)
+    plan = plan_of(*(PromptBudget(0, prompt, 1) for prompt in "abc"))
+    generator = Counting(load_generator(plan.settings, CPU))
+    engine = Engine(plan, generator, {}, list, plan.batch_size)
+    samples = {sample.prompt: sample for sample in plan.samples()}
+
+    for prompts in ("ab", "ac", "a", "b", "abc"):
+        engine.draw(Unit(tuple(samples[prompt] for prompt in prompts)))
+
+    assert "".join(prompt for prompt, _ in generator.encoded) == "ab" + "c" + "b" + "c"
+
+
 def test_large_images_are_stored_smaller():
     (image,) = draw(plan_of(PromptBudget(0, "zero", 1), stored_size=16)).values()
 
