@@ -92,10 +92,12 @@ def resume(num_images: int, folder: Path) -> None:
 
 
 def read_and_verify(num_images: int, folder: Path) -> None:
-    """Read the whole set, each file against its checksum."""
+    """Read the whole set, each file against its checksum, and take its content hash, as a run does."""
     plan = plan_of(num_images // NUM_CLASSES, {"device": "cpu"})
     ids = as_ids(sample.sample_id for sample in plan.samples())
-    assert len(UnitStore(folder, plan.settings.digest()).read(ids)) == num_images
+    store = UnitStore(folder, plan.settings.digest())
+    assert len(store.read(ids)) == num_images
+    store.content_hash(ids)
 
 
 def prompt_round(num_clients: int) -> None:
