@@ -23,6 +23,8 @@ from strategies.updates import values_of
 
 MAX_EXAMPLES = 10_000_000
 """Most images that a client may say it has."""
+MAX_LOSS = 1e9
+"""Largest mean loss that a client may report, in nats; no cross-entropy, with or without FedProx's term, is below 0."""
 _NPY_HEADER_BYTES = 4096
 """More than the header of any array in NumPy's format takes."""
 _NO_MOVE = 1e-30
@@ -127,6 +129,8 @@ def _metrics_fault(content: RecordDict, expected: MetricRecord) -> str | None:
             return "metrics of other types"
         if not math.isfinite(found):
             return "metrics that are not finite"
+        if isinstance(value, float) and not 0 <= found <= MAX_LOSS:
+            return "a loss or an accuracy that is out of range"
         if isinstance(value, int) and not (1 if key == NUM_EXAMPLES else 0) <= found <= MAX_EXAMPLES:
             return "a number of images that is out of range"
     return None

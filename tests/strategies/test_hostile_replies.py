@@ -46,7 +46,8 @@ array_records = st.dictionaries(st.sampled_from(["weight", CANARY]), st.binary(m
 metric_names = st.sampled_from(
     ["num-examples", "equal-weight", "loss", "accuracy", "num-validation", "validation_accuracy", "train_loss", CANARY]
 )
-metric_values = st.one_of(integers, st.floats(), st.floats(0, 1), st.lists(st.floats(), max_size=2))
+extremes = st.sampled_from([1.7e308, -1.7e308, -1.0, -5e-324, 1.1e9])
+metric_values = st.one_of(integers, st.floats(), st.floats(0, 1), extremes, st.lists(st.floats(), max_size=2))
 NOBODYS = Evaluation(0.5, 0.75, 4, torch.zeros(4))
 metric_records = st.dictionaries(metric_names, metric_values, max_size=7).map(MetricRecord)
 config_records = st.dictionaries(
@@ -84,6 +85,13 @@ def nearly_right(**records):
         )
         .map(RecordDict)
     )
+
+
+def extreme(metrics, **records):
+    """Build contents that are right but for the size of some of their measures."""
+    measures = sorted(key for key, value in metrics.items() if isinstance(value, float))
+    changed = st.dictionaries(st.sampled_from(measures), extremes, min_size=1)
+    return changed.map(lambda more: RecordDict(records | {"metrics": MetricRecord(dict(metrics) | more)}))
 
 
 class Answers:
@@ -144,10 +152,15 @@ TRAINED = {"arrays": MOVED, "metrics": training_metrics(3, 0.5), "client": CLIEN
 EVALUATED = {"metrics": evaluation_metrics(NOBODYS, NOBODYS), "client": CLIENT}
 
 
-@given(contents | nearly_right(**TRAINED), contents | nearly_right(**EVALUATED))
-def test_whatever_replies_arrive_a_round_ends_with_the_honest_ones(trained, evaluated):
+@given(
+    contents | nearly_right(**TRAINED) | extreme(**TRAINED),
+    contents | nearly_right(**EVALUATED) | extreme(**EVALUATED),
+    st.sampled_from([("FedAvg", ""), ("QFedAvg", "client-learning-rate=1")]),
+)
+def test_whatever_replies_arrive_a_round_ends_with_the_honest_ones(trained, evaluated, strategy):
+    name, options = strategy
     grid = Answers([RecordDict(TRAINED), trained], evaluate=[RecordDict(EVALUATED), evaluated])
-    inner = build_inner("FedAvg", "", num_selected=2, weighting="examples", evaluate_on_clients=True)
+    inner = build_inner(name, options, num_selected=2, weighting="examples", evaluate_on_clients=True)
     strategy = CheckedRounds(inner, num_clients=2, min_clients=1)
 
     found = strategy.start(grid, SENT, num_rounds=1).arrays["weight"].numpy()

@@ -62,6 +62,9 @@ def test_an_honest_update_passes():
         ({"metrics": {"num-examples": 8.5}}, "other types"),
         ({"metrics": {"loss": float("nan")}}, "not finite"),
         ({"metrics": {"loss": [1.0, 2.0]}}, "other types"),
+        ({"metrics": {"loss": 1.7e308}}, "a loss or an accuracy that is out of range"),
+        ({"metrics": {"loss": 1.1e9}}, "a loss or an accuracy that is out of range"),
+        ({"metrics": {"train_loss": -1.0}}, "a loss or an accuracy that is out of range"),
         ({"metrics": {"one-more": 1}}, "not those of this exchange"),
         ({"more": {"second": MetricRecord({"num-examples": 1})}}, "not those of this exchange"),
         ({"more": {"second": ArrayRecord({"weight": array([1.0])})}}, "not the model's"),
@@ -120,7 +123,10 @@ def test_an_evaluation_that_is_none_is_named():
         )
 
     assert fault() is None
+    assert fault(loss=0.0) is fault(loss=1e9) is None
     assert "accuracy" in fault(accuracy=1.5)
+    assert "out of range" in fault(loss=1.7e308)  # the mean of two would be infinite
+    assert "out of range" in fault(loss=-1e-9)
     assert "not finite" in fault(loss=float("inf"))
     assert "out of range" in fault(**{"num-validation": -1})
 
