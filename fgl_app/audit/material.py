@@ -70,6 +70,8 @@ class RealImages:
     """The clients' training images, or some of them."""
     others: ImageSet
     """Test images, on which nobody trained."""
+    rest: ImageSet | None = None
+    """Training images that are none of ``members``; None for none, or where they were not asked for."""
 
 
 def open_material(path: Path, data_dir: Path | None, data_paths: Sequence[Path]) -> Material:
@@ -98,10 +100,14 @@ def open_material(path: Path, data_dir: Path | None, data_paths: Sequence[Path])
     return Material(run, settings, tuple(data_paths))
 
 
-def attacked_images(material: Material) -> RealImages:
+def attacked_images(material: Material, with_rest: bool = False) -> RealImages:
     """Load as many members as non-members of every class, at the classifier's image size.
 
     A member is an image of a client's training set, whether or not the client was drawn in any round.
+
+    Args:
+        material: The run.
+        with_rest: Load the members that are not attacked, too.
 
     Raises:
         DataError: If the real images are not on this machine.
@@ -110,12 +116,21 @@ def attacked_images(material: Material) -> RealImages:
     if settings.own_folders:
         held = _own_folders(material, settings.data.image_size)
         members, others = balanced(held.members.labels.tolist(), held.others.labels.tolist(), MAX_IMAGES, generator)
-        return RealImages(held.members.take(members), held.others.take(others))
+        rest = sorted(set(range(len(held.members))) - set(members)) if with_rest else []
+        return RealImages(
+            held.members.take(members), held.others.take(others), held.members.take(rest) if rest else None
+        )
     rows = _member_rows(settings)
     labels = train_labels(settings.card, settings.data)
     test = load_split(settings.card, settings.data, "test")
     members, others = balanced([labels[row] for row in rows], test.labels.tolist(), MAX_IMAGES, generator)
-    return RealImages(load_rows(settings.card, settings.data, [rows[i] for i in members]), test.take(others))
+    chosen = [rows[index] for index in members]
+    rest = sorted(set(rows) - set(chosen)) if with_rest else []
+    return RealImages(
+        load_rows(settings.card, settings.data, chosen),
+        test.take(others),
+        load_rows(settings.card, settings.data, rest) if rest else None,
+    )
 
 
 def all_real_images(material: Material, size_px: int) -> RealImages:

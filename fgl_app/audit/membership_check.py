@@ -15,7 +15,7 @@ from fgl_app.audit.check import Check
 from fgl_app.audit.figures import distributions_figure, roc_figure
 from fgl_app.audit.labels import model_name
 from fgl_app.audit.material import Material, RealImages, attacked_images
-from fgl_app.audit.shadow import pool_of, train_shadows
+from fgl_app.audit.shadow import joined, train_shadows
 from fgl_app.data.images import ImageSet
 from fgl_app.privacy.membership import (
     SIGNS,
@@ -48,7 +48,7 @@ def check_membership(material: Material, shadow_models: int) -> Check:
     Raises:
         DataError: If the real images are not on this machine.
     """
-    images = attacked_images(material)
+    images = attacked_images(material, with_rest=shadow_models > 0)
     device = pick_device(material.settings.run.device)
     shadows = _Shadows(material, images, shadow_models, device) if shadow_models else None
     shown = LIRA if shadow_models else "loss"
@@ -87,6 +87,13 @@ def check_membership(material: Material, shadow_models: int) -> Check:
         f"{len(images.members):,} members and {len(images.others):,} others were compared, as many of each class; a "
         f"false-positive rate below {100 * least:.2g} % can therefore only be zero."
     )
+    rest = 0 if images.rest is None else len(images.rest)
+    num_shadow = (len(images.members) + len(images.others)) // 2 + rest if shadow_models else 0
+    if shadow_models:
+        sentences.append(
+            f"For LiRA {shadow_models} shadow models were trained on {num_shadow:,} images each, a half of those that "
+            f"were compared and the {rest:,} members that were not; the clients hold {len(images.members) + rest:,}."
+        )
     score = f"LiRA, {shadow_models} shadow models" if shadow_models else "threshold on the loss"
     return Check(
         sentences,
@@ -95,6 +102,7 @@ def check_membership(material: Material, shadow_models: int) -> Check:
             "num_others": len(images.others),
             "least_fpr": least,
             "shadow_models": shadow_models,
+            "shadow_images": num_shadow,
             "models": models,
         },
         {"roc": roc_figure(curves, least, score), "distributions": distributions_figure(values)},
@@ -141,8 +149,8 @@ class _Shadows:
     """Scaled confidences of all attacked images under shadow models."""
 
     def __init__(self, material: Material, images: RealImages, number: int, device: torch.device) -> None:
-        pool = pool_of(images)
-        networks, inside = train_shadows(material, pool, number)
+        pool = joined(images.members, images.others)
+        networks, inside = train_shadows(material, pool, images.rest, number)
         labels = pool.labels.numpy()
         self._confidences = np.stack([scaled_confidence(logits_of(each, pool, device), labels) for each in networks])
         self._inside: npt.NDArray[np.bool_] = inside.numpy()

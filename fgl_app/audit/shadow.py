@@ -1,4 +1,4 @@
-"""Shadow models: the same federation once more on other halves of the real images, run in this process."""
+"""Shadow models: the same federation once more on other halves of the attacked images, run in this process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from clients.local_training import train_locally
-from fgl_app.audit.material import Material, RealImages
+from fgl_app.audit.material import Material
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import divided
 from fgl_app.errors import ConfigError
@@ -38,41 +40,54 @@ def check_number(shadow_models: int) -> None:
         )
 
 
-def train_shadows(material: Material, pool: ImageSet, number: int) -> tuple[list[nn.Module], torch.Tensor]:
-    """Train shadow models of a run on random halves of a pool of real images.
+def train_shadows(
+    material: Material, pool: ImageSet, rest: ImageSet | None, number: int
+) -> tuple[list[nn.Module], torch.Tensor]:
+    """Train shadow models of a run on random halves of a pool of real images, and all on the members beside it.
+
+    The members that are not attacked make a shadow model's training set as large as the run's: a model of fewer images
+    remembers each of them better and is less sure of others, so that the attack would find less than it can. Carlini et
+    al. 2022 draw shadow sets of that size from the distribution; that the attacker here knows those members makes it
+    stronger, if anything, than theirs.
 
     Each is trained like the run's last model: from the same weights (of a run that draws images those of its one-shot
-    model, which no real image has touched), with the run's rounds, local epochs, step sizes and partition of the half
-    over as many clients. The mean is FedAvg's whatever the run's strategy, all clients take part in every round, and
-    fine-tuning on synthetic images and differential privacy are left out.
+    model, which no real image has touched), with the run's rounds, local epochs, step sizes and partition of its
+    images over as many clients. The mean is FedAvg's whatever the run's strategy, all clients take part in every round,
+    and fine-tuning on synthetic images and differential privacy are left out.
 
     Args:
         material: The run.
-        pool: Members and others together, N images.
+        pool: Attacked members and others together, N images.
+        rest: Members that are not attacked; None for none.
         number: Shadow models, even.
 
     Returns:
         The models, and whether each was trained on each image, bool ``[S, N]``.
 
     Raises:
-        DataError: If a half cannot be divided over the clients as the run's images were.
+        DataError: If a training set cannot be divided over the clients as the run's images were.
     """
     settings = material.settings
     inside = random_halves(len(pool), number, numpy_generator(settings.run.seed, "audit", "halves"))
     train_shadow = _train_centrally if settings.run.method == "centralized" else _train_federated
     trained = [
-        train_shadow(material, pool.take(inside[index].nonzero()[0].tolist()), index).eval() for index in range(number)
+        train_shadow(material, training_set(pool, half, rest), index).eval() for index, half in enumerate(inside)
     ]
     return trained, torch.from_numpy(inside)
 
 
-def pool_of(images: RealImages) -> ImageSet:
-    """Put members and others into one set, members first."""
-    members, others = images.members, images.others
+def training_set(pool: ImageSet, half: npt.NDArray[np.bool_], rest: ImageSet | None) -> ImageSet:
+    """Return what a shadow model is trained on: its half of the pool, bool ``[N]``, and the members beside the pool."""
+    chosen = pool.take(half.nonzero()[0].tolist())
+    return chosen if rest is None else joined(chosen, rest)
+
+
+def joined(first: ImageSet, second: ImageSet) -> ImageSet:
+    """Put two sets of images into one, in this order."""
     domains = None
-    if members.domains is not None and others.domains is not None:
-        domains = torch.cat([members.domains, others.domains])
-    return ImageSet(torch.cat([members.images, others.images]), torch.cat([members.labels, others.labels]), domains)
+    if first.domains is not None and second.domains is not None:
+        domains = torch.cat([first.domains, second.domains])
+    return ImageSet(torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels]), domains)
 
 
 def _train_centrally(material: Material, data: ImageSet, index: int) -> nn.Module:

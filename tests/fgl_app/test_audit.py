@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,8 +15,9 @@ from typer.testing import CliRunner
 
 from clients.approval import wait_for_approval
 from clients.embedding import TextEncoder
-from fgl_app.audit.material import open_material
+from fgl_app.audit.material import all_real_images, attacked_images, open_material
 from fgl_app.audit.prompt_check import check_prompts, read_captions
+from fgl_app.audit.shadow import joined, training_set
 from fgl_app.audit.tables import comparison
 from fgl_app.checks import check_settings
 from fgl_app.cli import cli
@@ -91,6 +93,23 @@ def test_centralized_training_is_audited_with_shadow_models(train_run):
     assert (model["name"], result_of(folder)["membership"]["num_members"]) == ("Centralized, 1 round", 40)
     assert "LiRA" in model["measures"]
     assert "The run drew no images." in said
+
+
+def test_shadow_models_are_trained_on_as_many_images_as_the_run(train_run):
+    folder = train_run("one", method="centralized", image_size=8, num_server_rounds=1, local_epochs=1)
+
+    said = audit(folder, "--shadow-models", 4)
+
+    images = attacked_images(open_material(folder, None, []), with_rest=True)
+    pool, held = joined(images.members, images.others), all_real_images(open_material(folder, None, []), 8).members
+    half = np.arange(len(pool)) % 2 == 0
+    trained_on = training_set(pool, half, images.rest)
+    assert len(images.rest) > len(images.members)
+    assert len(trained_on) == len(images.members) + len(images.rest) == len(held)
+    everything = joined(images.members, images.rest).images.flatten(1)
+    assert torch.equal(everything.sum(0), held.images.flatten(1).sum(0))  # each member once
+    assert result_of(folder)["membership"]["shadow_images"] == len(held)
+    assert f"shadow models were trained on {len(held):,} images each" in said
 
 
 def test_everything_is_written_for_the_owner_alone_and_the_same_twice(train_run):
