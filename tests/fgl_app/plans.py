@@ -1,6 +1,7 @@
 """Small plans of the shipped generator, and what they draw."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from fgl_app.prompts import PromptBudget
 from fgl_app.store import UnitStore, as_ids
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import load_generator
-from fgl_app.synthesis.plan import DrawSettings, Plan
+from fgl_app.synthesis.plan import DrawSettings, Plan, Sample, Unit
 
 SETTINGS = DrawSettings(
     generator="tiny", generator_revision="", lora="", decoder="", scheduler="own", num_inference_steps=2,
@@ -29,6 +30,20 @@ def ids_of(plan: Plan):
 
 def store_of(plan: Plan, folder: Path) -> UnitStore:
     return UnitStore(folder, plan.settings.digest())
+
+
+def commit(plan: Plan, folder: Path, samples: Sequence[Sample] = (), **provenance: object) -> None:
+    """Put images of a plan, all of them or some, into a store as one unit, of one pixel each."""
+    unit = Unit(tuple(samples or plan.samples()))
+    kept = [sample for sample in unit.samples if sample.sample_id.hex() not in provenance.get("left_out", {})]
+    ids = [list(sample.sample_id) for sample in kept]
+    tensors = {
+        "image": torch.zeros(len(kept), 3, 1, 1, dtype=torch.uint8),
+        "label": torch.tensor([sample.label for sample in kept]),
+        "seed": torch.tensor([sample.noise_seed for sample in kept]),
+        "sample_id": torch.tensor(ids, dtype=torch.uint8),
+    }
+    store_of(plan, folder).commit(unit.unit_id, tensors, {"seconds": 1.0} | provenance)
 
 
 def engine_of(plan: Plan) -> Engine:
