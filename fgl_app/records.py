@@ -198,12 +198,6 @@ def embedding_name(embedding: torch.Tensor) -> str:
     return f"embedding:{sha256(content)[:32]}"
 
 
-def reply_order(message: Message) -> tuple[int, int]:
-    """Sort key of a reply: the partition id where the client sent one, then the node id."""
-    place = place_of(message)
-    return (MAX_CLIENTS if place is None else place, message.metadata.src_node_id)
-
-
 def place_of(message: Message) -> int | None:
     """Return the partition id that a client sent, or None if it sent none that can be one."""
     record = message.content.get(CLIENT) if message.has_content() else None

@@ -52,9 +52,9 @@ class Refusals:
         self.places = {} if places is None else places
 
     def learn(self, node: int, place: int | None) -> None:
-        """Remember the partition id that a node says it has."""
+        """Remember the first partition id that a node says it has: by another one it would choose when it is drawn."""
         if place is not None:
-            self.places[node] = place
+            self.places.setdefault(node, place)
 
     def add(self, node: int, reason: str, count: int = 1) -> None:
         """Count ``count`` refusals."""

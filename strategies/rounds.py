@@ -20,10 +20,10 @@ from fgl_app.records import (
     ARRAYS,
     CLASS_NAMES,
     EQUAL_WEIGHT,
+    MAX_CLIENTS,
     PLACE_MESSAGE,
     num_unreadable_of,
     place_of,
-    reply_order,
     serialized_bytes,
 )
 from fgl_app.rng import numpy_generator
@@ -296,10 +296,10 @@ class CheckedRounds(Strategy):
         unknown = [node for node in nodes if node not in self._places]
         if unknown:
             questions = [Message(RecordDict(), message_type=PLACE_MESSAGE, dst_node_id=node) for node in unknown]
-            replies = list(grid.send_and_receive(questions, timeout=self._connect_timeout_s))
-            self._places |= {
-                reply.metadata.src_node_id: place for reply in replies if (place := place_of(reply)) is not None
-            }
+            for reply in list(grid.send_and_receive(questions, timeout=self._connect_timeout_s)):
+                node, place = reply.metadata.src_node_id, place_of(reply)
+                if node in unknown and place is not None:
+                    self._places.setdefault(node, place)
         ordered = sorted((node for node in nodes if node in self._places), key=lambda node: (self._places[node], node))
         count = num_sampled(self._fraction_train, self._num_clients)
         if len(ordered) < min(count, self._min_clients or count):
@@ -335,8 +335,8 @@ class CheckedRounds(Strategy):
         open_nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in self._asked[exchange]}
         num_asked = len(self._asked[exchange])
         refusals = self.refusals.setdefault(number, Refusals(self._places))
-        usable = []
-        for reply in sorted(replies, key=reply_order):
+        usable: dict[int, Message] = {}
+        for reply in replies:
             node = open_nodes.pop(reply.metadata.reply_to_message_id, None)
             if node is None:  # nobody has asked that, or it has been answered
                 continue
@@ -346,7 +346,7 @@ class CheckedRounds(Strategy):
             refusals.learn(node, place_of(reply))
             fault = error_sentence(reply) if reply.has_error() else fault_of(reply)
             if fault is None:
-                usable.append(reply)
+                usable[node] = reply
             else:
                 refusals.add(node, fault if reply.has_error() else f"Refused: {fault}.")
         for node in open_nodes.values():
@@ -359,7 +359,7 @@ class CheckedRounds(Strategy):
             )
         if len(usable) < num_asked:
             log(WARNING, "round %s (%s): %s", number, exchange, failed)
-        return usable
+        return [usable[node] for node in sorted(usable, key=lambda node: (self._places.get(node, MAX_CLIENTS), node))]
 
     def _note_unreadable(self, number: int, replies: Iterable[Message]) -> None:
         """Keep how many images each client could not read, and log what was not logged before."""

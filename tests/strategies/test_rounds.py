@@ -109,6 +109,29 @@ def test_a_fraction_of_the_clients_is_drawn_from_seed_and_round(make_grid, setti
     assert first != rounds(make_grid, settings, fraction=0.5, seed=1)
 
 
+def test_a_client_that_says_another_place_later_changes_neither_draw_nor_order(make_grid):
+    def drawn_and_used(says):
+        inner = build_inner("FedAvg", "", num_selected=2, weighting="examples", evaluate_on_clients=False)
+        strategy = CheckedRounds(inner, num_clients=4, fraction_train=0.5)
+        grid, seen = make_grid(num_clients=4, partition="iid"), []
+        for number in range(1, 7):
+            questions = questions_of(strategy, grid, number=number)
+            seen.append({question.metadata.dst_node_id for question in questions})
+            replies = []
+            for question in questions:
+                client = client_record(says(question.metadata.dst_node_id - 1000))
+                content = {"arrays": record([1.0]), "metrics": training_metrics(10, 0.5), "client": client}
+                replies.append(Message(RecordDict(content), reply_to=question))
+            used = strategy.usable_replies(number, "train", replies, lambda reply: None)
+            seen.append([reply.metadata.src_node_id for reply in used])
+        return seen, strategy.refusals[6].places
+
+    honest = drawn_and_used(lambda place: place)
+
+    assert drawn_and_used(lambda place: 3 - place) == honest
+    assert honest[1] == {1000: 0, 1001: 1, 1002: 2, 1003: 3}
+
+
 def test_one_of_many_clients_is_enough(make_grid, settings):
     assert [len(places) for places in rounds(make_grid, settings, fraction=0.1, num_rounds=2)] == [1, 1]
 
@@ -173,8 +196,9 @@ def test_what_clients_cannot_read_is_noted_beside_the_round_and_logged_once(make
     for number in (1, 2):
         questions = questions_of(strategy, make_grid(num_clients=3), number=number)
         replies = []
-        for place, (question, told) in enumerate(zip(questions, (0, 4, -1), strict=True)):
-            metrics, client = training_metrics(10, 0.5), client_record(place, told)
+        for question in questions:
+            place = question.metadata.dst_node_id - 1000
+            metrics, client = training_metrics(10, 0.5), client_record(place, (0, 4, -1)[place])
             content = RecordDict({"arrays": record([1.0]), "metrics": metrics, "client": client})
             replies.append(Message(content, reply_to=question))
 
