@@ -277,8 +277,7 @@ class Session:
     def _pretrain(self, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:
         if self._plan is not None and not self.settings.privacy.retain_prompts:
             sample_ids = as_ids(sample.sample_id for sample in self._plan.samples())
-            labels = tuple(sample.label for sample in self._plan.samples())
-            self.folder.forget_prompts(DrawnSet(self._plan.settings.digest(), sample_ids, labels))
+            self.folder.forget_prompts(DrawnSet(self._plan.settings.digest(), sample_ids, tuple(self._plan.labels())))
         with self.stopwatch.measure("pretraining"):
             return train_on_server(
                 self.settings,

@@ -101,6 +101,27 @@ class SampleIndex:
         """
         return tuple(sorted({int(manifest["batch_size"]) for manifest in self.of(wanted) if "batch_size" in manifest}))
 
+    def rejection_rates(self, wanted: Ids, labels: Sequence[int]) -> dict[str, float]:
+        """Return which share of the drawn images was rejected, 0 to 1, by ``label`` or ``label:domain``.
+
+        A unit counts for the classes that are wanted from it; others in it are those of a run that shares the store.
+
+        Args:
+            wanted: Identities of images.
+            labels: Class of each.
+        """
+        at = self.find(wanted)
+        of_held = np.asarray(labels)[at >= 0]
+        judged: Counter[str] = Counter()
+        rejected: Counter[str] = Counter()
+        for unit_id, places in _by_unit(self, at[at >= 0]):
+            classes = {str(label) for label in np.unique(of_held[places])}
+            for group, (seen, refused) in self.manifests[unit_id].get("judged", {}).items():
+                if group.partition(":")[0] in classes:
+                    judged[group] += seen
+                    rejected[group] += refused
+        return {group: rejected[group] / seen for group, seen in judged.items() if seen}
+
     def of(self, wanted: Ids) -> list[Mapping[str, Any]]:
         """Return the manifests of the units that hold any of the images."""
         at = self.find(wanted)

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,12 +115,6 @@ def synthesize(
             f"At least one image must be kept, but all {len(wanted):,} were left out: "
             f"{dict(index.left_out(wanted))}. Look at `filter`, `safety-checker` and `generator`."
         )
-    judged: Counter[str] = Counter()
-    rejected: Counter[str] = Counter()
-    for manifest in index.of(wanted):
-        for group, (seen, refused) in manifest.get("judged", {}).items():
-            judged[group] += seen
-            rejected[group] += refused
     drawn = wanted[~held] if drawn_before is None else np.union1d(drawn_before, wanted[~held])
     reused = wanted[held & ~np.isin(wanted, drawn)]
     return images, SynthesisReport(
@@ -129,7 +122,7 @@ def synthesize(
         len(drawn),
         len(reused),
         index.left_out(wanted),
-        {group: rejected[group] / seen for group, seen in judged.items()},
+        index.rejection_rates(wanted, plan.labels()),
         time.monotonic() - started,
         index.seconds(reused),
         index.batch_sizes(wanted),

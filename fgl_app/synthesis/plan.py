@@ -146,6 +146,10 @@ class Plan:
                 identity.update(arithmetic)
                 yield Sample(item.label, item.prompt, negative, identity.digest()[:16], seed, item.domain)
 
+    def labels(self) -> list[int]:
+        """Return the class of every sample, in the order of :meth:`samples`."""
+        return [item.label for item in sorted(self.budget) for _ in range(item.num_images)]
+
     def units(self) -> Iterator[Unit]:
         """Divide the samples into units of :data:`UNIT_SIZE`, one at a time: a plan may hold millions."""
         samples = self.samples()

@@ -28,6 +28,12 @@ def test_units_hold_every_sample_once():
     assert len({sample.noise_seed for unit in units for sample in unit.samples}) == 130
 
 
+def test_labels_are_in_the_order_of_the_samples():
+    plan = plan_of(PromptBudget(1, "b", 3), PromptBudget(0, "c", 1), PromptBudget(1, "a", 2))
+
+    assert plan.labels() == [sample.label for sample in plan.samples()] == [0, 1, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"guidance_scale": 1.0}, {"num_inference_steps": 3}, {"generator": "other"}]
 )

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from plans import engine_of, ids_of, plan_of, store_of
+from plans import commit, engine_of, ids_of, plan_of, store_of
 
 from fgl_app.errors import SynthesisError
 from fgl_app.prompts import PromptBudget
@@ -160,6 +160,28 @@ def test_images_that_were_left_out_are_not_counted_as_part_of_the_set(tmp_path):
 
     assert len(images) == report.images == 2
     assert (report.reused, report.left_out, report.batch_sizes) == (3, {"not finite": 1}, (4,))
+
+
+def test_the_share_of_rejections_is_that_of_all_units_that_hold_images_of_the_class(tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", 4), PromptBudget(1, "one", 4, "ink"))
+    zeros, ones = tuple(plan.samples())[:4], tuple(plan.samples())[4:]
+    commit(plan, tmp_path / "store", zeros[:1] + ones[:1], judged={"0": [10, 8], "1:ink": [3, 2]})
+    commit(plan, tmp_path / "store", zeros[1:] + ones[1:], judged={"0": [30, 2], "1:ink": [3, 1]})
+
+    _, report = synthesize(plan, tmp_path / "store", tmp_path, print)
+
+    assert report.rejection_rates == {"0": 10 / 40, "1:ink": 3 / 6}
+
+
+def test_rejections_among_classes_of_another_run_that_shares_the_store_are_not_counted(tmp_path):
+    plan = plan_of(PromptBudget(0, "zero", 2), PromptBudget(1, "one", 2))
+    other = plan_of(PromptBudget(0, "zero", 2), PromptBudget(1, "a cat", 2), PromptBudget(2, "a dog", 2))
+    commit(other, tmp_path / "store", judged={"0": [4, 1], "1": [9, 8], "2": [7, 7]})
+    commit(plan, tmp_path / "store", tuple(plan.samples())[2:], judged={"1": [5, 0]})
+
+    _, report = synthesize(plan, tmp_path / "store", tmp_path, print)
+
+    assert report.rejection_rates == {"0": 1 / 4, "1": 0.0}
 
 
 def test_warnings_of_the_worker_are_passed_on_between_reports_of_progress(tmp_path):
