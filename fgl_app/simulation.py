@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -146,7 +147,7 @@ def _toml(value: RunConfigValue) -> str:
 @contextlib.contextmanager
 def _superlink(home: Path) -> Iterator[dict[str, str]]:
     """Start a SuperLink for simulations below ``home``; yield the environment that reaches it; stop all of it."""
-    port, control_port = _free_port(), _free_port()
+    port = free_port()
     environment = os.environ | {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -158,7 +159,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
     }
     (home / "config.toml").write_text(f'[superlink.fgl]\naddress = "127.0.0.1:{port}"\ninsecure = true\n', "utf-8")
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control_port}"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     log_path = home / "superlink.log"
     with log_path.open("wb") as log_file:
         process = subprocess.Popen(
@@ -259,8 +260,10 @@ def _belongs_to(process: psutil.Process, home: Path) -> bool:
         return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """Return a port that is free, and that no system gives to others by itself before it is bound, as Ray's."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = 20_000 + secrets.randbelow(12_000)
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -256,6 +256,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], None], str]] = {
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     build, asked = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
     build(folder)
     return Family(folder, asked)
 

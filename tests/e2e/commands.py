@@ -15,10 +15,10 @@ FAST = (
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def fgl(*arguments: object, cwd: Path, expect: int = 0) -> str:
+def fgl(*arguments: object, cwd: Path, expect: int = 0, timeout_s: float = 900) -> str:
     """Run `fgl` and return all that it said; any other exit code than `expect` fails the test."""
     done = subprocess.run(
-        ["fgl", *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=580,
+        ["fgl", *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s,
         check=False,
     )  # fmt: skip
     output = done.stdout + done.stderr

@@ -12,13 +12,15 @@ import psutil
 import pytest
 from commands import ENVIRONMENT, FAST
 from PIL import Image
-from processes import Processes, free_port
+from processes import Processes
 
 from fgl_app.cards import load_card
 from fgl_app.config import APP_FOLDER
 from fgl_app.data.division import divide
 from fgl_app.data.readers import open_part
+from fgl_app.simulation import free_port
 
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 DEFAULTS = {key: value for key, _, value in (word.partition("=") for word in FAST)} | {"dataset": "folder"}
 
 
@@ -51,7 +53,7 @@ class Federation:
         home = folder / "flwr"
         home.mkdir()
         (home / "config.toml").write_text(f'[superlink.site]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n')
-        self._environment = ENVIRONMENT | {"FLWR_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        self._environment = ENVIRONMENT | QUIET | {"FLWR_HOME": str(home), "OMP_NUM_THREADS": "1"}
         self.processes = Processes(folder, self._environment)
 
     def start_superlink(self) -> None:
@@ -85,7 +87,7 @@ class Federation:
     def wait_for(self, run_id: str, text: str, seconds: float = 300) -> None:
         self.processes.wait_until(lambda: text in self.log(run_id), seconds, f"the log must hold {text!r}", 3.0)
 
-    def wait_for_round(self, number: int, run_name: str = "digits", seconds: float = 300) -> None:
+    def wait_for_round(self, number: int, run_name: str = "digits", seconds: float = 600) -> None:
         checkpoint = self.folder / run_name / "checkpoints" / f"round-{number:04}.safetensors"
         self.processes.wait_until(checkpoint.exists, seconds, f"round {number} must end")
 

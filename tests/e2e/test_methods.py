@@ -60,7 +60,7 @@ def test_a_comparison_runs_what_is_missing_and_writes_table_and_figures(tmp_path
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(experiment, sort_keys=False))
 
-    first = fgl("compare", "small.yaml", "--jobs", 2, "--output-dir", "out", cwd=tmp_path)
+    first = fgl("compare", "small.yaml", "--jobs", 2, "--output-dir", "out", cwd=tmp_path, timeout_s=1500)
     runs = tmp_path / "out" / "runs"
     fedavg, drawn, tuned = (runs / f"{name}--iid--seed-0" for name in ("fedavg", "gpt-fl", "fine-tuned"))
     (drawn / "results.json").unlink()

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -217,6 +218,10 @@ def test_densenets_weights_have_the_old_names_of_its_layers(tmp_path, monkeypatc
 def test_imagenet_weights_that_cannot_be_had_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
+    def unreachable(*arguments, **options):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
     for name in ("resnet18", "cnn"):
         with pytest.raises(ConfigError, match="`initial-weights`"):
             build_model(name, 7, 16, seed=0, imagenet=True)

