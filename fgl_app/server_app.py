@@ -269,7 +269,14 @@ class Session:
         images = store.read(drawn.sample_ids, size=self.settings.data.image_size)
         index, ids = store.index(), drawn.sample_ids
         self.synthesis = SynthesisReport(
-            len(images), 0, len(ids), index.left_out(ids), {}, 0.0, index.seconds(ids), index.batch_sizes(ids)
+            len(images),
+            0,
+            len(ids),
+            index.left_out(ids),
+            index.rejection_rates(ids, drawn.labels),
+            0.0,
+            index.seconds(ids),
+            index.batch_sizes(ids),
         )
         self.store_hash = store.content_hash(drawn.sample_ids)
         return images

@@ -118,6 +118,16 @@ def test_deleted_prompts_are_nowhere_and_the_run_goes_on_without_them(train_roun
     assert "The prompts were deleted" in write_report(deleted).read_text()
 
 
+def test_a_run_that_deleted_its_prompts_still_knows_what_was_rejected(train_rounds):
+    folder = train_rounds("deleted", 1, retain_prompts=False)
+    for manifest in folder.glob("synthetic/units/*/*.json"):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"judged": {"7": [4, 1]}}))
+
+    train_rounds("deleted", 2, retain_prompts=False)
+
+    assert json.loads((folder / "results.json").read_text())["synthesis"]["rejection_rates"] == {"7": 0.25}
+
+
 def test_planted_contacts_never_reach_the_servers_disk(train_rounds, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("FGL_CACHE", str(cache))
