@@ -157,7 +157,7 @@ def with_solver(scheduler: Any, name: str) -> Any:
     if type(scheduler).__name__.startswith("FlowMatch"):
         raise ModelError(
             f"`scheduler` must be own for a generator that matches flows, as this one does, but is {name}. Use "
-            "scheduler=own, and with profile=balanced num-inference-steps, too."
+            "scheduler=own, and with profile=balanced set num-inference-steps, too."
         )
     return SCHEDULERS[name].from_config(scheduler.config)
 

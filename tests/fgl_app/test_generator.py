@@ -1,13 +1,21 @@
 """The own denoising loop against the pipelines of diffusers, on the shipped model and the same noise."""
 
 import dataclasses
+import re
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from plans import CPU, SETTINGS, draw, engine_of, plan_of
 
 from fgl_app.errors import ModelError, SynthesisError
@@ -119,6 +127,55 @@ def test_an_sdxl_pipeline_is_called(tmp_path):
     assert isinstance(load_generator(plan.settings, CPU), PipelineCall)
     assert drawn.shape == (3, 3, 32, 32)
     assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.fixture(scope="module")
+def flows(tmp_path_factory) -> DrawSettings:
+    """Settings that name an SD 3 pipeline with random weights, as large as the shipped one."""
+    from diffusers import SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("flows")
+    shipped = load_pipeline(SETTINGS, CPU)
+    config = CLIPTextConfig(**{**shipped.text_encoder.config.to_dict(), "projection_dim": 16})
+    torch.manual_seed(0)
+    clip = CLIPTextModelWithProjection(config)
+    t5 = T5Config(vocab_size=config.vocab_size, d_model=128, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=128, pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL.from_config(shipped.vae.config, shift_factor=0.0), text_encoder=clip,
+        tokenizer=shipped.tokenizer, text_encoder_2=clip, tokenizer_2=shipped.tokenizer,
+        text_encoder_3=T5EncoderModel(t5), tokenizer_3=shipped.tokenizer,
+    ).save_pretrained(folder)  # fmt: skip
+    return dataclasses.replace(SETTINGS, generator=str(folder))
+
+
+def test_a_pipeline_that_matches_flows_draws_with_its_own_solver(flows):
+    generator = load_generator(flows, CPU)
+    theirs = StableDiffusion3Pipeline.from_pretrained(flows.generator)
+
+    drawn = images(generator)
+
+    alone = theirs(
+        [prompt for prompt, _ in PROMPTS], negative_prompt=[negative for _, negative in PROMPTS], guidance_scale=2.0,
+        num_inference_steps=2, generator=[torch.Generator().manual_seed(seed) for seed in SEEDS], output_type="pt",
+    ).images  # fmt: skip
+    assert isinstance(generator, PipelineCall)
+    assert drawn.std() > 10
+    assert (drawn - alone * 255).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_solver_that_would_take_flows_for_noise_is_refused(flows, scheduler):
+    with pytest.raises(
+        ModelError, match=f"`scheduler` must be own for a generator that matches .* but is {re.escape(scheduler)}"
+    ):
+        load_generator(dataclasses.replace(flows, scheduler=scheduler), CPU)
 
 
 def test_guidance_of_a_part_of_the_steps_lies_between_all_and_none():
