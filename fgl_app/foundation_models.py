@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from fgl_app import tiny
 from fgl_app.errors import ConfigError
@@ -115,20 +116,28 @@ def text_shape(generator: str, revision: str) -> tuple[int, int]:
         revision: Git revision of a hub id; empty for the newest.
 
     Raises:
-        ConfigError: If the generator has no text encoder whose configuration tells them.
+        ConfigError: If the generator has no text encoder whose configuration tells them, or more than one.
     """
     path, pinned = locate(generator, revision, tiny.DIFFUSION)
     try:
-        if Path(path).is_dir():
-            file = Path(path) / "text_encoder" / "config.json"
-        else:
-            from huggingface_hub import hf_hub_download
-
-            file = Path(hf_hub_download(path, "text_encoder/config.json", revision=pinned))
-        config = json.loads(file.read_text("utf-8"))
-        return int(config["max_position_embeddings"]), int(config["hidden_size"])
+        index, config = (_read_json(path, pinned, name) for name in ("model_index.json", "text_encoder/config.json"))
+        shape = int(config["max_position_embeddings"]), int(config["hidden_size"])
     except Exception as error:  # the hub's library has many of its own
         raise ConfigError(
             f"`prompt-level` embedding needs a `generator` whose text encoder is CLIP's, as Stable Diffusion 1.x and "
             f'2.x have it, but {generator!r} has none ({type(error).__name__}). Use for example "tiny".'
         ) from None
+    if "text_encoder_2" in index:  # its pipeline wants what each of them makes of the text, and a pooled one
+        raise ConfigError(
+            f"`prompt-level` embedding needs a `generator` with one text encoder, as Stable Diffusion 1.x and 2.x, but "
+            f'{generator!r} has more. Use another generator, or prompt-level "instance".'
+        )
+    return shape
+
+
+def _read_json(path: str, pinned: str | None, name: str) -> Any:
+    if Path(path).is_dir():
+        return json.loads((Path(path) / name).read_text("utf-8"))
+    from huggingface_hub import hf_hub_download
+
+    return json.loads(Path(hf_hub_download(path, name, revision=pinned)).read_text("utf-8"))

@@ -212,16 +212,19 @@ def draw_synthetic_set(
         )
     for reason, count in report.left_out.items():
         log(WARNING, "synthesis: %s images are left out: %s", count, reason)
+    chosen = settings.synthesis
+    judges = ["safety checker"] * chosen.safety_checker + ["filter"] * bool(chosen.filter)
     for group, rate in report.rejection_rates.items():
         if rate > _ALARMING_REJECTION_RATE:
             label, _, domain = group.partition(":")
             log(
                 WARNING,
-                "synthesis: the filter rejected %.0f %% of class %s%s: the generator may not know it",
+                "synthesis: %.0f %% of the images of class %s%s were rejected (%s): the generator may not know it",
                 100 * rate,
                 # Names that clients brought are their text, and not logged.
                 plan.class_names[int(label)] if settings.card.classes else f"number {label}",
                 f" in domain {domain}" if domain else "",
+                ", ".join(judges),
             )
     return images, report
 

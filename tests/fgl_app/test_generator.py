@@ -18,7 +18,8 @@ from diffusers import (
 )
 from plans import CPU, SETTINGS, draw, engine_of, plan_of
 
-from fgl_app.errors import ModelError, SynthesisError
+from fgl_app.errors import ConfigError, ModelError, SynthesisError
+from fgl_app.foundation_models import text_shape
 from fgl_app.prompts import PromptBudget
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import PipelineCall, load_generator, load_pipeline
@@ -102,7 +103,7 @@ def test_a_solver_that_clips_is_left_to_its_pipeline(tmp_path):
     assert images(generator).std() > 30
 
 
-def test_an_sdxl_pipeline_is_called(tmp_path):
+def test_an_sdxl_pipeline_is_called_with_texts_only(tmp_path):
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -127,6 +128,8 @@ def test_an_sdxl_pipeline_is_called(tmp_path):
     assert isinstance(load_generator(plan.settings, CPU), PipelineCall)
     assert drawn.shape == (3, 3, 32, 32)
     assert not torch.equal(drawn[0], drawn[1])
+    with pytest.raises(ConfigError, match="needs a `generator` with one text encoder, "):
+        text_shape(str(tmp_path), "")
 
 
 @pytest.fixture(scope="module")

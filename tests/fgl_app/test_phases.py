@@ -19,7 +19,8 @@ def drawn(run_config, caplog):
     """Return a function that makes a set of two classes, tells what became of it, and returns log and results."""
 
     def draw(class_names=("airplane", "clock"), *, left_out=0, dataset="domainnet10", **provenance):
-        settings = parse_run_config(run_config | {"dataset": dataset, "device": "cpu"})
+        judges = {"filter": "/of/nobody", "safety-checker": dataset == "folder"}
+        settings = parse_run_config(run_config | judges | {"dataset": dataset, "device": "cpu"})
         folder = RunFolder(settings, {})
         domain = "sketch" if settings.card.domains else ""
         prompts = tuple(PromptCount(label, name, 2, domain) for label, name in enumerate(class_names))
@@ -45,7 +46,8 @@ def test_a_class_of_which_the_filter_rejects_more_than_half_is_named_with_its_do
 
     assert results["rejection_rates"] == {"0:sketch": 0.5, "1:sketch": 0.666667}
     assert warnings(log) == [
-        "synthesis: the filter rejected 67 % of class clock in domain sketch: the generator may not know it"
+        "synthesis: 67 % of the images of class clock in domain sketch were rejected (filter): the generator may not "
+        "know it"
     ]
 
 
@@ -53,7 +55,10 @@ def test_a_class_whose_name_clients_brought_is_called_by_its_number(drawn):
     log, results = drawn(OF_CLIENTS, dataset="folder", judged={"0": [4, 0], "1": [10, 8]})
 
     assert results["rejection_rates"] == {"0": 0.0, "1": 0.8}
-    assert warnings(log) == ["synthesis: the filter rejected 80 % of class number 1: the generator may not know it"]
+    assert warnings(log) == [
+        "synthesis: 80 % of the images of class number 1 were rejected (safety checker, filter): the generator may not "
+        "know it"
+    ]
     assert not any(name in log.text for name in OF_CLIENTS)
 
 
