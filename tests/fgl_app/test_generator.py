@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import threading
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,12 +15,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from plans import CPU, SETTINGS, draw, engine_of, plan_of
+from plans import CPU, SETTINGS, draw, plan_of
 
-from fgl_app.errors import ConfigError, ModelError, SynthesisError
+from fgl_app.errors import ConfigError, ModelError
 from fgl_app.foundation_models import text_shape
 from fgl_app.prompts import PromptBudget
-from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import PipelineCall, load_generator, load_pipeline
 from fgl_app.synthesis.latent_diffusion import LatentDiffusion
 from fgl_app.synthesis.plan import DrawSettings
@@ -253,123 +251,6 @@ def test_a_lora_changes_what_is_drawn(tmp_path, monkeypatch):
     assert (images(ours) - images(load_generator(SETTINGS, CPU))).abs().max() > 1
     with pytest.raises(ModelError, match="`lora`"):
         load_pipeline(dataclasses.replace(SETTINGS, lora=str(tmp_path / "absent")), CPU)
-
-
-class OutOfMemory:
-    """The shipped generator on a device with room for some images at a time."""
-
-    def __init__(self, generator, room: int) -> None:
-        self.generator, self.room, self.encode = generator, room, generator.encode
-
-    def generate(self, conditions, noise_seeds):
-        if len(conditions) > self.room:
-            raise torch.OutOfMemoryError
-        return self.generator.generate(conditions, noise_seeds)
-
-
-def test_out_of_memory_halves_the_batch_and_goes_on():
-    plan = plan_of(PromptBudget(0, "zero", 11))
-    engine = Engine(plan, OutOfMemory(load_generator(plan.settings, CPU), 3), {}, list, 8)
-
-    (unit,) = plan.units()
-    assert engine.draw(unit).batch_size == 2  # the store is told
-    drawn = draw(plan, engine)
-
-    assert engine_of(plan).draw(unit).batch_size == plan.batch_size
-    largest = max((drawn[key].float() - image.float()).abs().max() for key, image in draw(plan).items())
-    assert largest <= 1
-    with pytest.raises(SynthesisError, match="one image at a time"):
-        draw(plan, Engine(plan, OutOfMemory(load_generator(plan.settings, CPU), 0), {}, list, 8))
-
-
-class Poisoned:
-    """The shipped generator with a NaN in the images of some noise seeds."""
-
-    def __init__(self, generator, seeds: set[int]) -> None:
-        self.generator, self.seeds, self.encode = generator, seeds, generator.encode
-
-    def generate(self, conditions, noise_seeds):
-        drawn = self.generator.generate(conditions, noise_seeds).clone()
-        for row, seed in enumerate(noise_seeds):
-            if seed in self.seeds:
-                drawn[row, 0, 0, 0] = torch.nan
-        return drawn
-
-
-def test_an_image_that_is_no_number_is_drawn_again_in_fp32_and_then_left_out():
-    plan = plan_of(PromptBudget(0, "zero", 5))
-    (unit,) = plan.units()
-    sound = load_generator(plan.settings, CPU)
-    once, always = (unit.samples[index].noise_seed for index in (1, 3))
-    engine = Engine(plan, Poisoned(sound, {once, always}), {}, lambda: Poisoned(sound, {always}), 8)
-
-    drawn = engine.draw(unit)
-
-    assert drawn.left_out == {unit.samples[3].sample_id.hex(): "not finite"}
-    assert drawn.tensors["seed"].tolist() == [
-        sample.noise_seed for sample in unit.samples if sample.noise_seed != always
-    ]
-    expected = engine_of(plan).draw(unit).tensors["image"]
-    assert torch.equal(drawn.tensors["image"], expected[[0, 1, 2, 4]])
-
-
-def test_where_fp32_has_less_room_the_other_images_keep_their_batch():
-    plan = plan_of(PromptBudget(0, "zero", 5))
-    (unit,) = plan.units()
-    sound = load_generator(plan.settings, CPU)
-    broken = unit.samples[1].noise_seed
-
-    for room, left_out in ((1, {}), (0, {unit.samples[1].sample_id.hex(): "not finite"})):
-        exact = OutOfMemory(sound, room)
-        drawn = Engine(plan, Poisoned(sound, {broken}), {}, lambda exact=exact: exact, 8).draw(unit)
-
-        assert (drawn.batch_size, drawn.left_out) == (8, left_out)
-
-
-def test_where_the_fp32_generator_takes_the_room_of_the_other_it_goes_and_the_batch_stays():
-    plan = plan_of(PromptBudget(0, "zero", 5))
-    (unit,) = plan.units()
-    sound = load_generator(plan.settings, CPU)
-    poisoned = Poisoned(sound, {unit.samples[1].noise_seed})
-    loaded = weakref.WeakSet()
-
-    class Crowded(OutOfMemory):
-        """Room for a whole batch as long as no other generator is there."""
-
-        def generate(self, conditions, noise_seeds):
-            self.room = 0 if len(loaded) else 8
-            return super().generate(conditions, noise_seeds)
-
-    def load_exact():
-        exact = OutOfMemory(sound, 8)
-        loaded.add(exact)
-        return exact
-
-    engine = Engine(plan, Crowded(poisoned, 8), {}, load_exact, 8)
-
-    for _ in range(2):
-        drawn = engine.draw(unit)
-        assert (drawn.batch_size, drawn.left_out) == (8, {})
-
-
-def test_a_judge_without_memory_for_all_judges_fewer_at_a_time():
-    plan = plan_of(PromptBudget(0, "zero", 5), filter_attempts=0)
-    (unit,) = plan.units()
-    seen = []
-
-    def judge(images, labels, room=2):
-        if len(images) > room:
-            raise torch.OutOfMemoryError
-        seen.append(len(images))
-        return torch.ones(len(images), dtype=torch.bool)
-
-    engine = engine_of(plan)
-    engine.judges = [judge]
-    assert engine.draw(unit).left_out == {}
-    assert seen == [2, 2, 1]
-    engine.judges = [lambda images, labels: judge(images, labels, 0)]
-    with pytest.raises(SynthesisError, match="`filter` must fit into memory"):
-        engine.draw(unit)
 
 
 def at_once(work, count: int) -> list:
