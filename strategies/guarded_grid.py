@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import time
 from collections.abc import Iterable
 from typing import Any, cast
 
 from flwr.app import Error, Message
 from flwr.app.message import make_message
 from flwr.common.serde_utils import metadata_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ConfirmMessageReceivedResponse, ObjectTree
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+)
 from flwr.proto.message_pb2 import Message as Header
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
 from strategies.refusals import UNREADABLE
+
+_PATIENCE_S = 3.0
+"""Seconds that one pull waits for objects on their way: as long as Flower's own loop sleeps between two of them."""
+_POLL_S = 0.1
 
 
 def guarded(grid: Grid) -> Grid:
@@ -27,36 +39,52 @@ class _GuardedGrid:
     """Asks for many replies at once, as Flower does, but has Flower read each of them by itself.
 
     The SuperLink checks a reply's header, that it answers a question to its sender, and deletes what it has passed on.
-    All else is read here, from what the client made up: one exception of Flower's would lose the others' replies.
+    All else is read here, from what the client made up: one exception of Flower's would lose the others' replies. And
+    one whose objects are still on their way is left for the next time, where Flower would wait for them for minutes.
     """
 
     def __init__(self, grid: HttpGrid) -> None:
         self._grid = grid
+        self._arriving: dict[str, _OneReply] = {}
+        """Replies whose header has come, by their question."""
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         asked = set(message_ids)
-        found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
-        return [
-            reply
-            for header, tree in zip(found.messages_list, found.message_object_trees, strict=True)
-            if header.metadata.reply_to_message_id in asked
-            for reply in self._read(header, tree)
-        ]
+        if unanswered := asked - self._arriving.keys():
+            client = self._grid._runtime_client
+            found = client.PullMessages(PullAppMessagesRequest(message_ids=unanswered))
+            for header, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                if (question := header.metadata.reply_to_message_id) in unanswered:
+                    self._arriving[question] = _OneReply(client, header, tree)
+        patience_ends = time.monotonic() + _PATIENCE_S
+        replies: list[Message] = []
+        while waiting := [question for question in self._arriving if question in asked]:
+            for question in waiting:
+                with contextlib.suppress(_NotAllThereError):
+                    replies += self._read(self._arriving[question])
+                    del self._arriving[question]
+            if time.monotonic() > patience_ends or asked.isdisjoint(self._arriving):
+                break
+            time.sleep(_POLL_S)
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return HttpGrid.send_and_receive(cast(HttpGrid, self), messages, timeout=timeout)  # which pulls by our method
+        before = set(self._arriving)
+        try:  # which pulls by our method
+            return HttpGrid.send_and_receive(cast(HttpGrid, self), messages, timeout=timeout)
+        finally:
+            for question in self._arriving.keys() - before:  # too late
+                del self._arriving[question]
 
-    def _read(self, header: Header, tree: ObjectTree) -> list[Message]:
-        one = PullAppMessagesResponse(messages_list=[header], message_object_trees=[tree])
-        client = _OneReply(self._grid._runtime_client, one)
+    def _read(self, arriving: _OneReply) -> list[Message]:
         reader = copy.copy(self._grid)
-        reader._client = cast(Any, client)
-        true = metadata_from_proto(header.metadata)
+        reader._client = cast(Any, arriving)
+        true = metadata_from_proto(arriving.header.metadata)
         refused = make_message(true, error=Error(UNREADABLE))
         try:
             replies = reader.pull_messages([true.reply_to_message_id])
         except Exception:
-            if not client.confirmed:  # what comes before is the connection's fault
+            if not arriving.confirmed:  # what comes before is the connection's fault
                 raise
             return [refused]
         return [
@@ -72,23 +100,37 @@ class _GuardedGrid:
         return getattr(self._grid, name)
 
 
-class _OneReply:
-    """A client of the SuperLink, but that it is asked for new messages no more: there is one that has come."""
+class _NotAllThereError(Exception):
+    """An object of a reply has not reached the SuperLink."""
 
-    def __init__(self, client: Any, found: PullAppMessagesResponse) -> None:
+
+class _OneReply:
+    """A client of the SuperLink, but that there is one new message, of which no object is fetched twice."""
+
+    def __init__(self, client: Any, header: Header, tree: ObjectTree) -> None:
         self._client = client
-        self._found = found
+        self.header = header
+        self._tree = tree
+        self._fetched: dict[str, PullObjectResponse] = {}
         self.confirmed = False
         """Whether all of the reply has come; Flower then reads it."""
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:  # noqa: N802
-        return self._found
+        return PullAppMessagesResponse(messages_list=[self.header], message_object_trees=[self._tree])
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
+        found = self._fetched.get(request.object_id) or self._client.PullObject(request)
+        if found.object_found and not found.object_available:
+            raise _NotAllThereError
+        self._fetched[request.object_id] = found
+        return cast(PullObjectResponse, found)
 
     def ConfirmMessageReceived(  # noqa: N802
         self, request: ConfirmMessageReceivedRequest
     ) -> ConfirmMessageReceivedResponse:
         answer = self._client.ConfirmMessageReceived(request)
         self.confirmed = True
+        self._fetched.clear()
         return cast(ConfirmMessageReceivedResponse, answer)
 
     def __getattr__(self, name: str) -> Any:

@@ -7,6 +7,7 @@ import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto
 from flwr.common.serde_utils import error_to_proto, metadata_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, ObjectTree, PullObjectResponse, PushObjectResponse
@@ -188,7 +189,7 @@ def test_a_reply_that_flower_cannot_read_costs_its_client_alone(caplog, client):
     assert strategy.refusals[1].rows() == [{"client": None, "node": "1001", "reason": UNREADABLE, "count": 1}]
     assert len(strategy.model_bytes[1]) == 2  # no honest reply is lost
     assert "Kowalski" not in caplog.text
-    assert grid._client.pulls == 2  # of all replies together; and of none, as nobody evaluates
+    assert grid._client.pulls == 1  # of all replies together
 
 
 @pytest.mark.parametrize("client", HOSTILE.values(), ids=HOSTILE)
@@ -231,6 +232,70 @@ def test_what_fails_at_the_connection_is_no_clients_fault():
     grid._client.PullObject = cut
     with pytest.raises(httpx.ConnectError):
         guarded(grid).send_and_receive([Message(RecordDict(), dst_node_id=1000, message_type="train")])
+
+
+def late(client, times):
+    """Make of an honest client one whose objects the SuperLink has only when it was asked for them so many times."""
+    withheld, fetched = set(), []
+
+    def answer(question):
+        header, tree, objects = client(question)
+        withheld.update(objects)
+        return header, tree, objects
+
+    def with_patience(pull_object):
+        def pull(request):
+            nonlocal times
+            if request.object_id in withheld and times > 0:
+                times -= 1
+                return PullObjectResponse(object_found=True, object_available=False)
+            fetched.append(request.object_id)
+            return pull_object(request)
+
+        return pull
+
+    return answer, with_patience, fetched
+
+
+def test_a_client_that_withholds_what_it_announced_is_one_that_does_not_reply_in_time(monkeypatch):
+    monkeypatch.setattr("strategies.guarded_grid._PATIENCE_S", 0.2)
+    own = {"arrays": ArrayRecord({"weight": Array(np.zeros(2, np.float32))}), "metrics": training_metrics(4, 0.25)}
+    client, withholding, _ = late(honest(own), 10**9)
+    grid = http_grid({1000: honest(TRAINED), 1001: client, 1002: honest(TRAINED)})
+    grid._client.PullObject = withholding(grid._client.PullObject)
+    inner = build_inner("FedAvg", "", num_selected=3, weighting="examples", evaluate_on_clients=False)
+    strategy = CheckedRounds(inner, num_clients=3)
+    bounded = guarded(grid)
+
+    found = strategy.start(bounded, SENT, num_rounds=1, timeout=1).arrays["weight"].numpy()
+
+    assert found.tolist() == [2.0, 2.0]
+    silent = {"client": None, "node": "1001", "reason": "It did not reply in time.", "count": 1}
+    assert strategy.refusals[1].rows() == [silent]
+    assert not bounded._arriving  # nobody waits for it any more
+
+
+def test_a_reply_that_is_still_being_uploaded_is_read_when_all_of_it_is_there(monkeypatch):
+    monkeypatch.setattr("strategies.guarded_grid._PATIENCE_S", 0.2)
+    client, uploading, fetched = late(honest(TRAINED), 5)
+    grid = http_grid({1001: client})
+    grid._client.PullObject = uploading(grid._client.PullObject)
+    question = Message(RecordDict(), dst_node_id=1001, message_type="train")
+
+    (reply,) = guarded(grid).send_and_receive([question])
+
+    assert reply.content["arrays"]["weight"].numpy().tolist() == [2.0, 2.0]
+    assert set(fetched) == set(get_all_nested_objects(reply))
+    assert grid._client.pulls == 1  # the SuperLink has forgotten the question that is answered
+
+
+def test_an_upload_that_the_superlink_has_given_up_is_a_refusal():
+    grid = http_grid({1000: honest(TRAINED)})
+    grid._client.PullObject = lambda request: PullObjectResponse(object_found=False)
+
+    (reply,) = guarded(grid).send_and_receive([Message(RecordDict(), dst_node_id=1000, message_type="train")])
+
+    assert reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE
 
 
 def test_only_replies_that_come_in_time_are_returned():
