@@ -13,7 +13,7 @@ SMALL = {
     "training": ["--model", "pool", "--images", "8", "--size", "32", "--batch-size", "4"],
     "captioning": ["--images", "2", "--batch-size", "2", "--max-new-tokens", "2"],
     "overhead": ["--model", "cnn", "--clients", "2", "--num-rounds", "1"],
-    "scaling": ["--clients", "3", "--plan-images", "640", "--workers"],
+    "scaling": ["--clients", "3", "--plan-images", "640", "--draw-images", "20", "--workers", "1"],
 }
 
 
@@ -33,6 +33,7 @@ def test_a_benchmark_writes_its_contenders_and_the_machine(name, tmp_path):
     if name == "scaling":
         assert found["plans"][0]["resume"]["peak_bytes"] > 0
         assert found["prompt_round"]["3"]["seconds"] > 0
+        assert found["workers"]["1"]["seconds"] > 0
     else:
         assert found["ratio"] > 0
         assert all(contender["per_second"] > 0 for contender in found["contenders"].values())
