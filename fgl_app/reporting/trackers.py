@@ -51,6 +51,7 @@ class WandbTracker:
         self._run: Any = wandb.init(
             project="federated-generative-learning", name=settings.run.run_name, id=_kept_id(folder, "wandb"),
             resume="allow", config=dict(settings.flat()), dir=str(folder),
+            settings=wandb.Settings(console="off"),  # what a library prints is not sent away
         )  # fmt: skip
         _keep_id(folder, "wandb", self._run.id)
 

@@ -38,6 +38,24 @@ def test_mlflow_goes_on_with_its_run_after_a_restart(run_config, tmp_path, monke
     assert run.data.params["num-server-rounds"] == "5"
 
 
+def test_wandb_goes_on_with_its_run_after_a_restart_and_is_sent_no_output(run_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = parse_run_config(run_config | {"trackers": "wandb"})
+
+    for number in (1, 2):
+        (tracker,) = open_trackers(settings, tmp_path)
+        tracker.log(number, {"accuracy": number / 4})
+        sys.stdout.write("a word of a library\n")
+        tracker.close()
+
+    run_id = (tmp_path / "wandb-run.txt").read_text()
+    first, second = (path.read_bytes() for path in sorted((tmp_path / "wandb").glob(f"offline-*/run-{run_id}.wandb")))
+    assert b"accuracy\x82\x01\x040.25" in first  # a name, a tag and the length of a text, in the format of the file
+    assert b"accuracy\x82\x01\x030.5" in second
+    assert b"num-server-rounds" in first
+    assert b"a word of a library" not in first + second
+
+
 def test_an_unknown_tracker_is_refused(run_config):
     with pytest.raises(ConfigError, match="`trackers` must list tensorboard, wandb, mlflow"):
         parse_run_config(run_config | {"trackers": "tensorboard, excel"})
