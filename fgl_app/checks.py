@@ -19,7 +19,7 @@ from fgl_app.synthesis.plan import UNIT_SIZE
 from fgl_app.training import check_device
 from strategies.differential_privacy import with_noise
 from strategies.inner import build_inner
-from strategies.rounds import num_sampled
+from strategies.participation import num_sampled
 
 
 def inner_strategy(settings: Settings) -> Strategy:

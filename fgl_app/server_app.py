@@ -317,17 +317,19 @@ class Session:
             number = offset + counted
             if number <= len(self.rounds):  # round 0, or the last round of an earlier start
                 return None
+            private = self.settings.privacy.client_dp != "off"
             if central is not None:
                 measured = self._measured(number, *central(arrays))
             else:
                 metrics = strategy.client_metrics[number]
                 measured = {key: cast(float, metrics[key]) for key in ("accuracy", "loss", "validation_accuracy")}
+                if not private:
+                    measured["client_accuracy"] = strategy.client_accuracy[number]
             phase = "one-shot" if self.settings.synthesizes and number == 1 else "federated"
             sizes = strategy.model_bytes.get(number, [])
             prompts_upload = self.prompt_round["upload"]["all_messages"] if self.prompt_round and number == 1 else 0
             refused = strategy.refusals[number].rows(named=not self._secret_draw) if number in strategy.refusals else []
             unreadable = {} if self._secret_draw else strategy.unreadable_images.get(number, {})
-            private = self.settings.privacy.client_dp != "off"
             reused = self.synthesis.reused_seconds if phase == "one-shot" and self.synthesis else 0.0
             sent = {
                 **({"reused_seconds": round(reused, 3)} if reused else {}),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from fgl_app.records import (
     CLASS_NAMES,
     EQUAL_WEIGHT,
     MAX_CLIENTS,
+    METRICS,
     PLACE_MESSAGE,
     num_unreadable_of,
     place_of,
@@ -28,6 +28,7 @@ from fgl_app.records import (
 )
 from fgl_app.rng import numpy_generator
 from strategies.differential_privacy import adds_noise, calibrate, norm_memory, reports_clipping, restore_norm
+from strategies.participation import num_sampled, only_nodes
 from strategies.refusals import Refusals, error_sentence
 from strategies.screening import evaluation_fault, num_examples_told, update_fault
 from strategies.server_optimizers import (
@@ -127,6 +128,8 @@ class CheckedRounds(Strategy):
         """Size of each usable reply to the training messages of a round, as Flower serializes it, by round."""
         self.client_metrics: dict[int, MetricRecord] = {}
         """What the inner strategy made of the clients' evaluation metrics, by round."""
+        self.client_accuracy: dict[int, dict[str, float]] = {}
+        """Accuracy that each client measured on test images of its own, 0 to 1, by round and client."""
         self.update_metrics: dict[int, dict[str, float]] = {}
         """Diversity and drift of the clients' updates, by round; empty where noise is to hide the updates."""
         self.draws: dict[int, tuple[int, int]] = {}
@@ -159,7 +162,7 @@ class CheckedRounds(Strategy):
             self.draws[number] = len(nodes), population
             places = [self._places[node] for node in nodes]
         # Flower's sampling would wait without end for a node that has left since.
-        grid = _only_nodes(grid, lambda: nodes)
+        grid = only_nodes(grid, lambda: nodes)
         if self._splits_statistics:
             assert self._parameters is not None
             messages = list(self.inner.configure_train(number, only(arrays, self._parameters), config, grid))
@@ -223,7 +226,7 @@ class CheckedRounds(Strategy):
         """Let the inner strategy configure the evaluation by clients, if it wants one."""
         config = self._with_label_space(config)
         # Nobody is waited for where no client evaluates: the round would be lost for one that has left.
-        waiting = _only_nodes(grid, lambda: self.wait_for_clients(grid))
+        waiting = only_nodes(grid, lambda: self.wait_for_clients(grid))
         questions = list(self.inner.configure_evaluate(self.rounds_done + server_round, arrays, config, waiting))
         self._asked["evaluate"] = questions
         return questions
@@ -241,6 +244,11 @@ class CheckedRounds(Strategy):
         metrics = self.inner.aggregate_evaluate(number, ordered)
         if metrics is not None:
             self.client_metrics[number] = metrics
+            name_of = self.refusals[number].name_of
+            self.client_accuracy[number] = {
+                str(name_of(reply.metadata.src_node_id)): cast(float, reply.content[METRICS]["accuracy"])
+                for reply in ordered
+            }
         return metrics
 
     def memory(self) -> dict[str, torch.Tensor]:
@@ -373,29 +381,3 @@ class CheckedRounds(Strategy):
                 log(WARNING, "round %s (train): client %s cannot read %s images", number, client, count)
         self._unreadable_told |= found
         self.unreadable_images[number] = found
-
-
-def num_sampled(fraction_train: float, num_clients: int) -> int:
-    """Return how many clients train in a round: their share, rounded up, where 0.07 of 100 is 7."""
-    return math.ceil(round(fraction_train * num_clients, 9))
-
-
-def _only_nodes(grid: Grid, choose: Callable[[], Sequence[int]]) -> Grid:
-    return cast(Grid, _SomeNodes(grid, choose))
-
-
-class _SomeNodes:
-    """A grid of which only some nodes are seen: those that ``choose`` returns when they are first asked for."""
-
-    def __init__(self, grid: Grid, choose: Callable[[], Sequence[int]]) -> None:
-        self._grid = grid
-        self._choose = choose
-        self._nodes: list[int] | None = None
-
-    def get_node_ids(self) -> list[int]:
-        if self._nodes is None:
-            self._nodes = list(self._choose())
-        return list(self._nodes)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)

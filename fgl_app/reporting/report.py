@@ -85,6 +85,7 @@ def build_page(run: FinishedRun) -> Page:
             _summary(run),
             _accuracy(run),
             *_domains(run),
+            *_clients(run),
             *_updates(run),
             _confusion(run),
             _partition(run),
@@ -146,6 +147,21 @@ def _domains(run: FinishedRun) -> list[Section]:
     ]  # fmt: skip
     caption = "Test accuracy after each round; the mean weights every domain alike."
     return [Section("Accuracy by domain", tables=[Table(caption, ["Round", *names, "Mean of the domains"], cells)])]
+
+
+def _clients(run: FinishedRun) -> list[Section]:
+    rows = [row for row in run.rounds if row.get("client_accuracy")]
+    if not rows:
+        return []
+    names = sorted({name for row in rows for name in row["client_accuracy"]}, key=lambda name: (len(name), name))
+    cells = [
+        [str(row["round"]), *(_percent(row["client_accuracy"][name]) if name in row["client_accuracy"] else ""
+                              for name in names)]
+        for row in rows
+    ]  # fmt: skip
+    caption = "Accuracy after each round on test images that each client holds out of its own folder."
+    columns = ["Round", *(f"Client {name}" for name in names)]
+    return [Section("Accuracy by client", tables=[Table(caption, columns, cells)])]
 
 
 def _updates(run: FinishedRun) -> list[Section]:

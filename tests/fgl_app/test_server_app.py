@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from PIL import Image
 from safetensors.torch import load_file
 
 from fgl_app.cards import load_card
@@ -352,6 +353,31 @@ def test_nothing_written_says_who_was_drawn_where_privacy_counts_on_it(train_rou
     assert read_json_lines(folder / "releases.jsonl") == [
         {"asked": "train", "round": number, "drawn": [2, 3]} for number in (1, 2)
     ]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_each_sites_accuracy_is_told_unless_updates_are_private(train_rounds, tmp_path, private):
+    for site in range(3):
+        for number, name in enumerate(("cat", "dog")):
+            (tmp_path / str(site) / name).mkdir(parents=True)
+            for index in range(6 + 4 * site):
+                picture = Image.new("RGB", (8, 8), (200 * number, 20 * index, 80 * site))
+                picture.save(tmp_path / str(site) / name / f"{index}.png")
+
+    def bring_folders(grid):
+        for site, node_config in enumerate(grid.node_configs.values()):
+            node_config["data-path"] = str(tmp_path / str(site))
+
+    own = {"method": "fedavg", "dataset": "folder", "class_names": "cat,dog"}
+    defence = {"client_dp": "fixed", "client_dp_noise": 0.01, "weighting": "uniform"} if private else {}
+    folder = train_rounds("sites", 2, prepare=bring_folders, **own, **defence)
+
+    rounds = json.loads((folder / "results.json").read_text())["rounds"]
+    assert [sorted(row.get("client_accuracy", {})) for row in rounds] == [[] if private else ["0", "1", "2"]] * 2
+    for row in [] if private else rounds:
+        found = list(row["client_accuracy"].values())
+        assert min(found) <= row["accuracy"] <= max(found)
+    assert ("Accuracy by client" in write_report(folder).read_text()) != private
 
 
 def test_clients_that_train_privately_withhold_their_losses(make_grid, settings):
