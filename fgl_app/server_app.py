@@ -317,13 +317,14 @@ class Session:
             number = offset + counted
             if number <= len(self.rounds):  # round 0, or the last round of an earlier start
                 return None
-            private = self.settings.privacy.client_dp != "off"
+            defences = self.settings.privacy
+            private = defences.client_dp != "off"
             if central is not None:
                 measured = self._measured(number, *central(arrays))
             else:
                 metrics = strategy.client_metrics[number]
                 measured = {key: cast(float, metrics[key]) for key in ("accuracy", "loss", "validation_accuracy")}
-                if not private:
+                if not private and not defences.example_dp_noise and defences.prompt_counts == "exact":
                     measured["client_accuracy"] = strategy.client_accuracy[number]
             phase = "one-shot" if self.settings.synthesizes and number == 1 else "federated"
             sizes = strategy.model_bytes.get(number, [])

@@ -21,6 +21,7 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.message_pb2 import Message as Header
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.superlink.grid import HttpGrid
 
 from strategies.refusals import UNREADABLE
@@ -28,6 +29,8 @@ from strategies.refusals import UNREADABLE
 _PATIENCE_S = 3.0
 """Seconds that one pull waits for objects on their way: as long as Flower's own loop sleeps between two of them."""
 _POLL_S = 0.1
+_MAX_OBJECTS = 100_000
+"""Of one reply; each array of a model is two, and one more for every 5 MiB."""
 
 
 def guarded(grid: Grid) -> Grid:
@@ -57,30 +60,35 @@ class _GuardedGrid:
                 if (question := header.metadata.reply_to_message_id) in unanswered:
                     self._arriving[question] = _OneReply(client, header, tree)
         patience_ends = time.monotonic() + _PATIENCE_S
-        replies: list[Message] = []
-        while waiting := [question for question in self._arriving if question in asked]:
-            for question in waiting:
-                with contextlib.suppress(_NotAllThereError):
-                    replies += self._read(self._arriving[question])
-                    del self._arriving[question]
-            if time.monotonic() > patience_ends or asked.isdisjoint(self._arriving):
-                break
+        replies = self._read_whole(asked)
+        while not asked.isdisjoint(self._arriving) and time.monotonic() < patience_ends:
             time.sleep(_POLL_S)
+            replies += self._read_whole(asked)
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        before = set(self._arriving)
-        try:  # which pulls by our method
-            return HttpGrid.send_and_receive(cast(HttpGrid, self), messages, timeout=timeout)
-        finally:
-            for question in self._arriving.keys() - before:  # too late
-                del self._arriving[question]
+        self._arriving.clear()  # what an earlier exchange has not waited for
+        # This pulls by our method, and sleeps between two pulls, also before it ends.
+        replies = list(HttpGrid.send_and_receive(cast(HttpGrid, self), messages, timeout=timeout))
+        return replies + self._read_whole(set(self._arriving))
+
+    def _read_whole(self, asked: set[str]) -> list[Message]:
+        """Read those replies to questions of ``asked`` of which all has come."""
+        replies: list[Message] = []
+        for question in [question for question in self._arriving if question in asked]:
+            if self._arriving[question].may_be_whole():
+                with contextlib.suppress(_NotAllThereError):
+                    replies += self._read(self._arriving[question])
+                    del self._arriving[question]
+        return replies
 
     def _read(self, arriving: _OneReply) -> list[Message]:
         reader = copy.copy(self._grid)
         reader._client = cast(Any, arriving)
         true = metadata_from_proto(arriving.header.metadata)
         refused = make_message(true, error=Error(UNREADABLE))
+        if arriving.num_objects > _MAX_OBJECTS:
+            return [refused]
         try:
             replies = reader.pull_messages([true.reply_to_message_id])
         except Exception:
@@ -105,15 +113,27 @@ class _NotAllThereError(Exception):
 
 
 class _OneReply:
-    """A client of the SuperLink, but that there is one new message, of which no object is fetched twice."""
+    """A client of the SuperLink, but that there is one new message, whose objects are kept until all have come."""
 
     def __init__(self, client: Any, header: Header, tree: ObjectTree) -> None:
         self._client = client
         self.header = header
         self._tree = tree
+        self.num_objects = sum(1 for _ in iterate_object_tree(tree))
         self._fetched: dict[str, PullObjectResponse] = {}
+        self._missing: PullObjectRequest | None = None
         self.confirmed = False
         """Whether all of the reply has come; Flower then reads it."""
+
+    def may_be_whole(self) -> bool:
+        """Ask for the object that was missing, and for no other, whether it has come."""
+        if self._missing is None:
+            return True
+        found = self._client.PullObject(self._missing)
+        if found.object_found and not found.object_available:
+            return False
+        self._missing = None
+        return True
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:  # noqa: N802
         return PullAppMessagesResponse(messages_list=[self.header], message_object_trees=[self._tree])
@@ -121,6 +141,7 @@ class _OneReply:
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
         found = self._fetched.get(request.object_id) or self._client.PullObject(request)
         if found.object_found and not found.object_available:
+            self._missing = request
             raise _NotAllThereError
         self._fetched[request.object_id] = found
         return cast(PullObjectResponse, found)

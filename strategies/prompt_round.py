@@ -199,13 +199,13 @@ class PromptRound:
 
     def report(self) -> dict[str, Any]:
         """Say for ``results.json`` who took part; clients are named by their partition id."""
-        names = self.refusals.name_of
+        names, unreadable = self.refusals.name_of, self.refusals.names_of(self._unreadable)
         return {
             "clients_asked": len(self._asked),
             "clients_used": len(self._uploads),
             "late": sorted(names(node) for node in self._late),
             "missed": sorted(names(node) for node in self._open.values()),
-            "unreadable_images": {str(names(node)): count for node, count in sorted(self._unreadable.items())},
+            "unreadable_images": {unreadable[node]: count for node, count in sorted(self._unreadable.items())},
             "refused": self.refusals.rows(),
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from flwr.app import Message
@@ -63,6 +64,11 @@ class Refusals:
     def name_of(self, node: int) -> int:
         """Name a client by its partition id, or by Flower's id of its node where that is unknown."""
         return self.places.get(node, node)
+
+    def names_of(self, nodes: Iterable[int]) -> dict[int, str]:
+        """Name clients as :meth:`name_of` does, but by Flower's id where several nodes say that they have one place."""
+        claims = Counter(self.places.values())
+        return {node: str(node if claims[self.places.get(node, node)] > 1 else self.name_of(node)) for node in nodes}
 
     def rows(self, *, named: bool = True) -> list[dict[str, Any]]:
         """Return the refusals for ``results.json``; ``node`` is Flower's id, which a client cannot choose.

@@ -244,11 +244,9 @@ class CheckedRounds(Strategy):
         metrics = self.inner.aggregate_evaluate(number, ordered)
         if metrics is not None:
             self.client_metrics[number] = metrics
-            name_of = self.refusals[number].name_of
-            self.client_accuracy[number] = {
-                str(name_of(reply.metadata.src_node_id)): cast(float, reply.content[METRICS]["accuracy"])
-                for reply in ordered
-            }
+            names = self.refusals[number].names_of(reply.metadata.src_node_id for reply in ordered)
+            accuracies = [cast(float, reply.content[METRICS]["accuracy"]) for reply in ordered]
+            self.client_accuracy[number] = dict(zip(names.values(), accuracies, strict=True))
         return metrics
 
     def memory(self) -> dict[str, torch.Tensor]:
@@ -371,10 +369,9 @@ class CheckedRounds(Strategy):
 
     def _note_unreadable(self, number: int, replies: Iterable[Message]) -> None:
         """Keep how many images each client could not read, and log what was not logged before."""
-        name_of = self.refusals[number].name_of
-        found = {
-            str(name_of(reply.metadata.src_node_id)): count for reply in replies if (count := num_unreadable_of(reply))
-        }
+        counts = {reply.metadata.src_node_id: num_unreadable_of(reply) for reply in replies}
+        names = self.refusals[number].names_of(counts)
+        found = {names[node]: count for node, count in counts.items() if count}
         secret = self._seed is None and self._fraction_train < 1  # nobody may know who was drawn
         for client, count in found.items():
             if not secret and self._unreadable_told.get(client) != count:

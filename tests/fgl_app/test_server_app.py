@@ -355,29 +355,52 @@ def test_nothing_written_says_who_was_drawn_where_privacy_counts_on_it(train_rou
     ]
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_each_sites_accuracy_is_told_unless_updates_are_private(train_rounds, tmp_path, private):
-    for site in range(3):
-        for number, name in enumerate(("cat", "dog")):
-            (tmp_path / str(site) / name).mkdir(parents=True)
-            for index in range(6 + 4 * site):
-                picture = Image.new("RGB", (8, 8), (200 * number, 20 * index, 80 * site))
-                picture.save(tmp_path / str(site) / name / f"{index}.png")
+@pytest.fixture
+def at_sites(train_rounds, tmp_path):
+    """Return a function that runs FedAvg between three sites with folders of their own, and returns its folder."""
 
-    def bring_folders(grid):
-        for site, node_config in enumerate(grid.node_configs.values()):
-            node_config["data-path"] = str(tmp_path / str(site))
+    def go(places=(0, 1, 2), **overrides):
+        def bring_folders(grid):
+            for site, node in enumerate(grid.node_configs):
+                for number, name in enumerate(("cat", "dog")):
+                    (tmp_path / str(site) / name).mkdir(parents=True)
+                    for index in range(6 + 4 * site):
+                        picture = Image.new("RGB", (8, 8), (200 * number, 20 * index, 80 * site))
+                        picture.save(tmp_path / str(site) / name / f"{index}.png")
+                here = {"data-path": str(tmp_path / str(site)), "partition-id": places[site], "num-partitions": 3}
+                grid.node_configs[node] = here
 
-    own = {"method": "fedavg", "dataset": "folder", "class_names": "cat,dog"}
-    defence = {"client_dp": "fixed", "client_dp_noise": 0.01, "weighting": "uniform"} if private else {}
-    folder = train_rounds("sites", 2, prepare=bring_folders, **own, **defence)
+        own = {"method": "fedavg", "dataset": "folder", "class_names": "cat,dog"}
+        return train_rounds("sites", 2, prepare=bring_folders, **own, **overrides)
+
+    return go
+
+
+@pytest.mark.parametrize(("places", "names"), [((0, 1, 2), ["0", "1", "2"]), ((0, 0, 0), ["1000", "1001", "1002"])])
+def test_each_sites_accuracy_is_told(at_sites, places, names):
+    folder = at_sites(places)
 
     rounds = json.loads((folder / "results.json").read_text())["rounds"]
-    assert [sorted(row.get("client_accuracy", {})) for row in rounds] == [[] if private else ["0", "1", "2"]] * 2
-    for row in [] if private else rounds:
+    assert [sorted(row["client_accuracy"]) for row in rounds] == [names, names]
+    for row in rounds:
         found = list(row["client_accuracy"].values())
         assert min(found) <= row["accuracy"] <= max(found)
-    assert ("Accuracy by client" in write_report(folder).read_text()) != private
+    assert "Accuracy by client" in write_report(folder).read_text()
+
+
+@pytest.mark.parametrize(
+    "defence",
+    [
+        {"client_dp": "fixed", "client_dp_noise": 0.01, "weighting": "uniform"},
+        {"example_dp_noise": 1.0, "batch_size": 4},
+        {"prompt_counts": "withheld", "weighting": "uniform"},
+    ],
+)
+def test_no_sites_accuracy_is_told_where_updates_or_counts_are_private(at_sites, defence):
+    folder = at_sites(**defence)
+
+    assert "client_accuracy" not in (folder / "results.json").read_text()
+    assert "Accuracy by client" not in write_report(folder).read_text()
 
 
 def test_clients_that_train_privately_withhold_their_losses(make_grid, settings):

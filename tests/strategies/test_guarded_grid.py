@@ -289,6 +289,53 @@ def test_a_reply_that_is_still_being_uploaded_is_read_when_all_of_it_is_there(mo
     assert grid._client.pulls == 1  # the SuperLink has forgotten the question that is answered
 
 
+def test_what_came_while_flowers_loop_slept_came_in_time(monkeypatch):
+    monkeypatch.setattr("strategies.guarded_grid._PATIENCE_S", 0.0)
+    client, uploading, _ = late(honest(TRAINED), 1)
+    grid = http_grid({1001: client})
+    grid._client.PullObject = uploading(grid._client.PullObject)
+
+    (reply,) = guarded(grid).send_and_receive(
+        [Message(RecordDict(), dst_node_id=1001, message_type="train")], timeout=1
+    )
+
+    assert reply.content["arrays"]["weight"].numpy().tolist() == [2.0, 2.0]
+
+
+def test_while_one_object_is_missing_no_other_is_asked_for(monkeypatch):
+    monkeypatch.setattr("strategies.guarded_grid._PATIENCE_S", 0.5)
+    client, uploading, fetched = late(honest(TRAINED), 10**9)
+    grid = http_grid({1001: client})
+    asked = []
+    withheld = uploading(grid._client.PullObject)
+
+    def pull(request):
+        asked.append(request.object_id)
+        return withheld(request)
+
+    grid._client.PullObject = pull
+    bounded = guarded(grid)
+    question = Message(RecordDict(), dst_node_id=1001, message_type="train")
+    names = list(bounded.push_messages([question]))
+
+    assert bounded.pull_messages(names) == []
+    first = len(asked)
+    assert bounded.pull_messages(names) == []
+    assert len(asked) > first
+    assert len(set(asked[first:])) == 1
+    assert fetched == []
+
+
+def test_a_reply_of_more_objects_than_any_model_has_is_refused_unread(monkeypatch):
+    monkeypatch.setattr("strategies.guarded_grid._MAX_OBJECTS", 5)
+    grid = http_grid({1000: honest(TRAINED)})
+    grid._client.PullObject = None
+
+    (reply,) = guarded(grid).send_and_receive([Message(RecordDict(), dst_node_id=1000, message_type="train")])
+
+    assert reply.error.code == 200
+
+
 def test_an_upload_that_the_superlink_has_given_up_is_a_refusal():
     grid = http_grid({1000: honest(TRAINED)})
     grid._client.PullObject = lambda request: PullObjectResponse(object_found=False)
