@@ -19,7 +19,7 @@ from benchmarks.one_process import OneProcess, identify_process
 from benchmarks.plans import plan_of
 from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.prompts import PromptLimits
-from fgl_app.store import UnitStore, as_ids
+from fgl_app.store import ContentHash, UnitStore, as_ids
 from fgl_app.synthesis.worker import missing_units, work
 from strategies.prompt_round import PromptRound
 
@@ -96,8 +96,9 @@ def read_and_verify(num_images: int, folder: Path) -> None:
     plan = plan_of(num_images // NUM_CLASSES, {"device": "cpu"})
     ids = as_ids(sample.sample_id for sample in plan.samples())
     store = UnitStore(folder, plan.settings.digest())
-    assert len(store.read(ids)) == num_images
-    store.content_hash(ids)
+    content = ContentHash()
+    assert len(store.read(ids, content=content)) == num_images
+    content.hexdigest()
 
 
 def prompt_round(num_clients: int) -> None:

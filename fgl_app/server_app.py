@@ -40,7 +40,7 @@ from fgl_app.reporting.results import summarize
 from fgl_app.reporting.run_folder import DrawnSet, RunFolder, forgotten_set
 from fgl_app.reporting.trackers import Tracker, open_trackers
 from fgl_app.settings import Settings
-from fgl_app.store import UnitStore, as_ids
+from fgl_app.store import ContentHash, UnitStore, as_ids
 from fgl_app.synthesis.launch import SynthesisReport
 from fgl_app.synthesis.plan import Plan
 from fgl_app.training import Evaluation, accuracy_by_domain
@@ -102,7 +102,6 @@ class Session:
     class_names: tuple[str, ...] = ()
     """The run's K classes; empty until the clients have said theirs, if the run unites them."""
     synthesis: SynthesisReport | None = None
-    store_hash: str | None = None
     _plan: Plan | None = None
     """What was drawn, if this start has seen it."""
     prompt_round: dict[str, Any] | None = None
@@ -161,7 +160,6 @@ class Session:
             releases=self.ledger.rows,
             prompt_round=self.prompt_round,
             synthesis=self.synthesis,
-            store_hash=self.store_hash,
             seconds=self.stopwatch.seconds,
         )
 
@@ -258,18 +256,18 @@ class Session:
             images, report = draw_synthetic_set(self.settings, plan, self.folder, listen, drawn_before)
         self.synthesis = dataclasses.replace(report, seconds=self.stopwatch.seconds["synthesis"])
         self._plan = plan
-        store = UnitStore(self.folder.synthetic, plan.settings.digest())
-        self.store_hash = store.content_hash(as_ids(sample.sample_id for sample in plan.samples()))
         return images
 
     def _read_again(self, drawn: DrawnSet) -> ImageSet:
         """Read the synthetic set of an earlier start that has deleted its prompts since."""
         self.folder.forget_prompts(drawn)
         store = UnitStore(self.folder.synthetic, drawn.settings_digest)
-        images = store.read(drawn.sample_ids, size=self.settings.data.image_size)
+        content = ContentHash()
+        images = store.read(drawn.sample_ids, size=self.settings.data.image_size, content=content)
         index, ids = store.index(), drawn.sample_ids
         self.synthesis = SynthesisReport(
             len(images),
+            content.hexdigest(),
             0,
             len(ids),
             index.left_out(ids),
@@ -278,7 +276,6 @@ class Session:
             index.seconds(ids),
             index.batch_sizes(ids),
         )
-        self.store_hash = store.content_hash(drawn.sample_ids)
         return images
 
     def _pretrain(self, arrays: ArrayRecord, images: ImageSet) -> ArrayRecord:

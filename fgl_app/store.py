@@ -139,6 +139,30 @@ class SampleIndex:
         )
 
 
+class ContentHash:
+    """SHA-256 over identities and pixels of images, in the order of their identities, whatever the order they come in.
+
+    It does not depend on how the images are divided into units.
+    """
+
+    def __init__(self) -> None:
+        """Begin without an image."""
+        self._added = [np.zeros(0, [("sample_id", "S16"), ("pixels", "S64")])]
+
+    def add(self, sample_ids: Ids, images: torch.Tensor) -> None:
+        """Take in images, uint8 ``[B, 3, S, S]``, with their identities; one that was taken in counts once."""
+        rows = np.zeros(len(sample_ids), self._added[0].dtype)
+        rows["sample_id"] = sample_ids
+        rows["pixels"] = [sha256(image.tobytes()) for image in images.numpy()]
+        self._added.append(rows)
+
+    def hexdigest(self) -> str:
+        """Return the hash of what was taken in."""
+        rows = np.concatenate(self._added)
+        first = np.unique(rows["sample_id"], return_index=True)[1]
+        return sha256(rows[first].view(np.uint8).data)
+
+
 class UnitStore:
     """Units of synthetic images of one choice of settings; many processes may write to it."""
 
@@ -221,7 +245,13 @@ class UnitStore:
         )
 
     def read(
-        self, wanted: Ids, index: SampleIndex | None = None, *, size: int = 0, backing: Path | None = None
+        self,
+        wanted: Ids,
+        index: SampleIndex | None = None,
+        *,
+        size: int = 0,
+        backing: Path | None = None,
+        content: ContentHash | None = None,
     ) -> ImageSet:
         """Read images and labels, in the order asked for, and check every file that is read against its checksum.
 
@@ -230,6 +260,7 @@ class UnitStore:
             index: What :meth:`index` returned; None reads it anew.
             size: Side to which the images are resized, px; 0 for that of the store.
             backing: A file in which a set that does not fit into memory is mapped; its name is removed at once.
+            content: Takes in the images as they are stored; None where nobody asks for their hash.
 
         Raises:
             DamagedUnitsError: If files are not what their manifests say.
@@ -252,7 +283,10 @@ class UnitStore:
             if tensors is None or tensors["sample_id"][rows].numpy().tobytes() != index.ids[at[places]].tobytes():
                 damaged.append(unit_id)
                 continue
-            pixels = resize(tensors["image"][rows], size or tensors["image"].shape[-1])
+            pixels = tensors["image"][rows]
+            if content is not None:
+                content.add(index.ids[at[places]], pixels)
+            pixels = resize(pixels, size or pixels.shape[-1])
             if images is None:
                 images = _allocate((len(at), *pixels.shape[1:]), backing)
             images[places] = pixels
@@ -286,24 +320,6 @@ class UnitStore:
                         os.link(source, target)
             except OSError:
                 return
-
-    def content_hash(self, wanted: Ids) -> str:
-        """Return the SHA-256 over identities and pixels of images, in the order of their identities.
-
-        It does not depend on how the images are divided into units.
-
-        Raises:
-            DamagedUnitsError: As :meth:`read`.
-        """
-        index = self.index()
-        at = index.find(np.unique(wanted))  # sorted, as the identities are
-        at = at[(at >= 0) & (index.row[at] >= 0)]
-        hashed = np.zeros(len(at), [("sample_id", "S16"), ("pixels", "S64")])
-        hashed["sample_id"] = index.ids[at]
-        for _, places in _by_unit(index, at):
-            images = self.read(index.ids[at[places]], index).images.numpy()
-            hashed["pixels"][places] = [sha256(image.tobytes()) for image in images]
-        return sha256(hashed.view(np.uint8).data)
 
     def _load(self, unit_id: str, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
         """Return the tensors of a unit, or None if its file is not what the manifest says."""

@@ -17,7 +17,6 @@ def summarize(
     releases: Sequence[Mapping[str, Any]],
     prompt_round: Mapping[str, Any] | None,
     synthesis: SynthesisReport | None,
-    store_hash: str | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Build the content of ``results.json``.
@@ -34,7 +33,6 @@ def summarize(
         prompt_round: What is known of the exchange of prompts, and under ``upload`` the bytes of the largest client's
             prompts, ``payload`` and whole ``message``, and of ``all_messages``; None if no client was asked.
         synthesis: What the synthesis phase did; None if this start needed none.
-        store_hash: Content hash of the synthetic set; None without one.
         seconds: Wall-clock seconds of each phase of this start.
     """
     selected = max(rounds, key=lambda row: (row["validation_accuracy"], -row["round"]))
@@ -76,7 +74,7 @@ def summarize(
             "reused_seconds": round(synthesis.reused_seconds, 3),
             "images_per_second": round(synthesis.images_per_second, 3),
             "batch_sizes": list(synthesis.batch_sizes),
-            "content_hash": store_hash,
+            "content_hash": synthesis.content_hash,
         },
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
     }

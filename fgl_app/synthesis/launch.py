@@ -17,7 +17,7 @@ import numpy as np
 from fgl_app.config import APP_FOLDER
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import SynthesisError
-from fgl_app.store import DamagedUnitsError, Ids, UnitStore, as_ids
+from fgl_app.store import ContentHash, DamagedUnitsError, Ids, UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan
 
 _PROGRESS_INTERVAL_S = 5.0
@@ -34,6 +34,8 @@ class SynthesisReport:
 
     images: int
     """Size of the synthetic set: what the plan asks for, less what was left out."""
+    content_hash: str
+    """Of the synthetic set, see :class:`fgl_app.store.ContentHash`."""
     generated: int
     """Images drawn by this start of the run, those that were left out in the end among them."""
     reused: int
@@ -102,7 +104,8 @@ def synthesize(
                 _run_worker(run_folder / "plan.json", folder, num_workers, ray_address, report_progress)
             index = store.index()
         try:
-            images = store.read(wanted, index, size=size, backing=folder / f".images-{os.getpid()}")
+            content = ContentHash()
+            images = store.read(wanted, index, size=size, backing=folder / f".images-{os.getpid()}", content=content)
             break
         except DamagedUnitsError as damaged:
             if attempt + 1 == _READ_ATTEMPTS:
@@ -119,6 +122,7 @@ def synthesize(
     reused = wanted[held & ~np.isin(wanted, drawn)]
     return images, SynthesisReport(
         len(images),
+        content.hexdigest(),
         len(drawn),
         len(reused),
         index.left_out(wanted),

@@ -58,8 +58,7 @@ def make_run(run_config, store) -> Callable[..., Path]:
                 rounds,
                 releases=folder.open_ledger().rows,
                 prompt_round=exchange,
-                synthesis=SynthesisReport(20, drawn, 20 - drawn, {}, {}, 2.0, 0.0),
-                store_hash="ab",
+                synthesis=SynthesisReport(20, "ab", drawn, 20 - drawn, {}, {}, 2.0, 0.0),
                 seconds={"prompts": 0.5, "synthesis": 2.0, "total": 9.0},
             )
         )
@@ -83,7 +82,6 @@ def make_fedavg(run_config) -> Callable[..., Path]:
                 releases=[],
                 prompt_round=None,
                 synthesis=None,
-                store_hash=None,
                 seconds={"rounds": 4.0},
             )
         )

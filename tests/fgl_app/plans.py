@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fgl_app.prompts import PromptBudget
-from fgl_app.store import UnitStore, as_ids
+from fgl_app.store import ContentHash, UnitStore, as_ids
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import load_generator
 from fgl_app.synthesis.plan import DrawSettings, Plan, Sample, Unit
@@ -30,6 +30,12 @@ def ids_of(plan: Plan):
 
 def store_of(plan: Plan, folder: Path) -> UnitStore:
     return UnitStore(folder, plan.settings.digest())
+
+
+def content_hash(plan: Plan, folder: Path) -> str:
+    content = ContentHash()
+    store_of(plan, folder).read(ids_of(plan), content=content)
+    return content.hexdigest()
 
 
 def commit(plan: Plan, folder: Path, samples: Sequence[Sample] = (), **provenance: object) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plans import SETTINGS, ids_of, plan_of, store_of
+from plans import SETTINGS, content_hash, ids_of, plan_of, store_of
 
 from fgl_app.compilation import can_compile
 from fgl_app.config import APP_FOLDER
@@ -63,7 +63,7 @@ def test_two_processes_that_compile_for_themselves_draw_the_same_bytes(tmp_path)
 
 def hash_of(plan: Plan, folder: Path) -> str:
     assert len(store_of(plan, folder).read(ids_of(plan))) == 80
-    return store_of(plan, folder).content_hash(ids_of(plan))
+    return content_hash(plan, folder)
 
 
 def trained(compiled: bool, epochs: int = 3) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import actors
 import psutil
 import pytest
-from plans import ids_of, plan_of, store_of
+from plans import content_hash, ids_of, plan_of, store_of
 
 from fgl_app.config import APP_FOLDER
 from fgl_app.prompts import PromptBudget
@@ -125,7 +125,7 @@ def undisturbed(tmp_path_factory):
     plan = plan_of(*budget, num_inference_steps=4)
     folder = tmp_path_factory.mktemp("undisturbed")
     work(plan, folder)
-    return plan, store_of(plan, folder).content_hash(ids_of(plan))
+    return plan, content_hash(plan, folder)
 
 
 def kill_and_complete(victim: str, moment: int, delay: float, undisturbed, folder: Path) -> None:
@@ -151,7 +151,7 @@ def kill_and_complete(victim: str, moment: int, delay: float, undisturbed, folde
         assert all(int(begun) < after[f"{unit}.json"][1] for unit, begun in drawn)
     assert work(plan, store.folder) == missing
 
-    assert store.content_hash(wanted) == expected
+    assert content_hash(plan, store.folder) == expected
     assert before.items() <= after.items() <= committed(store).items()
     held = [json.loads(file.read_text())["num_images"] for file in store.units_folder.glob("*.json")]
     assert sum(held) == NUM_UNITS * UNIT_SIZE

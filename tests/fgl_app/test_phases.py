@@ -29,9 +29,7 @@ def drawn(run_config, caplog):
         commit(plan, folder.synthetic, left_out=dict.fromkeys(absent, "rejected"), **provenance)
         with caplog.at_level("INFO", "flwr"):
             _, report = draw_synthetic_set(settings, plan, folder, lambda: None, as_ids([]))
-        results = summarize(
-            settings, [a_row(1, 0.5)], releases=[], prompt_round=None, synthesis=report, store_hash=None, seconds={}
-        )
+        results = summarize(settings, [a_row(1, 0.5)], releases=[], prompt_round=None, synthesis=report, seconds={})
         return caplog, results["synthesis"]
 
     return draw

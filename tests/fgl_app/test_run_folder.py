@@ -229,8 +229,7 @@ def test_the_three_accuracies_are_what_their_names_say(settings):
         rounds,
         releases=[],
         prompt_round=None,
-        synthesis=SynthesisReport(10, 4, 6, {"rejected": 1}, {"0": 0.25}, 2.0, 3.0, (8, 16)),
-        store_hash="ab",
+        synthesis=SynthesisReport(10, "ab", 4, 6, {"rejected": 1}, {"0": 0.25}, 2.0, 3.0, (8, 16)),
         seconds={"total": 1.23456},
     )
 

@@ -10,7 +10,7 @@ import torch
 
 from fgl_app.errors import SynthesisError
 from fgl_app.files import write_atomically
-from fgl_app.store import DamagedUnitsError, UnitStore, as_ids
+from fgl_app.store import ContentHash, DamagedUnitsError, UnitStore, as_ids
 
 DIGEST = "d" * 64
 
@@ -189,8 +189,14 @@ def test_the_content_hash_depends_on_the_images_and_not_on_their_units(tmp_path)
     changed["image"][0, 0, 0, 0] += 1
     other.commit("v", changed, {})
 
-    assert first.content_hash(ids(1, 2, 3)) == second.content_hash(ids(3, 2, 1))
-    assert first.content_hash(ids(1, 2, 3)) != other.content_hash(ids(1, 2, 3))
+    def hash_of(store, *numbers):
+        content = ContentHash()
+        store.read(ids(*numbers), size=2, content=content)  # of the pixels as they are stored
+        return content.hexdigest()
+
+    assert hash_of(first, 1, 2, 3) == hash_of(second, 3, 2, 1, 2)
+    assert hash_of(first, 1, 2, 3) != hash_of(other, 1, 2, 3)
+    assert hash_of(first, 1, 2, 3) != hash_of(first, 1, 2)
 
 
 def test_a_unit_that_exists_is_left_alone(tmp_path):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from plans import commit, engine_of, ids_of, plan_of, store_of
+from plans import commit, content_hash, engine_of, ids_of, plan_of, store_of
 
 from fgl_app.errors import SynthesisError
 from fgl_app.prompts import PromptBudget
@@ -53,7 +53,7 @@ def test_a_larger_plan_draws_only_the_images_that_a_smaller_one_did_not(tmp_path
 
     assert work(large, tmp_path / "shared") == 5
     work(large, tmp_path / "fresh")
-    hashes = [store_of(large, tmp_path / name).content_hash(ids_of(large)) for name in ("shared", "fresh")]
+    hashes = [content_hash(large, tmp_path / name) for name in ("shared", "fresh")]
     assert hashes[0] == hashes[1]
 
 
@@ -90,14 +90,14 @@ def test_a_unit_that_lost_a_part_of_a_file_is_drawn_again(tmp_path, kind):
     plan = plan_of(PromptBudget(0, "zero", 2))
     work(plan, tmp_path / "store")
     store = store_of(plan, tmp_path / "store")
-    before = store.content_hash(ids_of(plan))
+    before = content_hash(plan, store.folder)
     (file,) = store.units_folder.glob("*.json" if kind == "manifest" else "*.safetensors")
     file.write_bytes(file.read_bytes()[:-8])
 
     images, report = synthesize(plan, tmp_path / "store", tmp_path, print)
 
     assert (len(images), report.generated) == (2, 2)
-    assert store.content_hash(ids_of(plan)) == before
+    assert content_hash(plan, store.folder) == before
 
 
 def test_a_damaged_unit_is_named_and_drawn_again(tmp_path):
