@@ -7,6 +7,7 @@ leaves whole units only. SETTINGS is a hash of all that the images depend on bes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,9 @@ from fgl_app.files import json_bytes, locked, sha256, staged, sync_folder
 
 _SHARE_OF_MEMORY = 0.5
 """Of the memory that is free, which a set of images may take before it is mapped from a file."""
+
+_HASHED_AT_ONCE = 65536
+"""Images whose identities and digests are copied at a time."""
 
 Ids = npt.NDArray[np.bytes_]
 """Identities of images, ``S16 [N]``."""
@@ -159,8 +163,12 @@ class ContentHash:
     def hexdigest(self) -> str:
         """Return the hash of what was taken in."""
         rows = np.concatenate(self._added)
+        self._added = [rows]
         first = np.unique(rows["sample_id"], return_index=True)[1]
-        return sha256(rows[first].view(np.uint8).data)
+        digest = hashlib.sha256()
+        for start in range(0, len(first), _HASHED_AT_ONCE):  # a copy of a part at a time
+            digest.update(rows[first[start : start + _HASHED_AT_ONCE]].view(np.uint8).data)
+        return digest.hexdigest()
 
 
 class UnitStore:
