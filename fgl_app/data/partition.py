@@ -19,6 +19,14 @@ from fgl_app.errors import DataError
 from fgl_app.rng import derive_seed
 
 _MAX_DRAWS = 20
+_REMEDIES = {
+    "iid": "fewer clients",
+    "dirichlet": "fewer clients, a larger `dirichlet-beta`",
+    "pathological": "fewer clients, a smaller `classes-per-client`",
+    "shards": "fewer clients, a smaller `shards-per-client`",
+    "domain": "data with more images of each domain",
+}
+"""What makes a division of each scheme possible."""
 
 
 def partition_indices(
@@ -55,10 +63,18 @@ def partition_indices(
         For each partition id, sorted indices into ``labels``.
 
     Raises:
-        DataError: If no draw gives every client ``min_samples`` images, or there are not as many domains as clients.
+        DataError: If the images are too few for the division, no draw gives every client ``min_samples`` images, or
+            there are not as many domains as clients.
     """
     if scheme == "domain" and (found := len(set(domains or ()))) != num_partitions:
         raise DataError(f"`num-clients` must be the number of domains, {found}, but is {num_partitions}.")
+    _check_possible(
+        labels,
+        num_partitions,
+        min_samples,
+        classes_per_client=classes_per_client if scheme == "pathological" else 1,
+        shards_per_client=shards_per_client if scheme == "shards" else 1,
+    )
     columns = {"index": list(range(len(labels))), "label": list(labels)}
     table = Dataset.from_dict(columns | ({} if domains is None else {"domain": list(domains)}))
     reason = ""
@@ -92,6 +108,28 @@ def partition_indices(
             return parts
     raise DataError(
         f"Every client must have at least {min_samples} images, but no {scheme} division of {len(labels)} images over "
-        f"{num_partitions} clients was found{reason}. Use fewer clients, a larger `dirichlet-beta` or a smaller "
-        "`min-samples-per-client`."
+        f"{num_partitions} clients was found{reason}. Use {_REMEDIES[scheme]} or a smaller `min-samples-per-client`."
     )
+
+
+def _check_possible(
+    labels: Sequence[int], num_partitions: int, min_samples: int, *, classes_per_client: int, shards_per_client: int
+) -> None:
+    """Refuse what no draw can fulfil, which the partitioners answer with errors of their own or with none."""
+    num_images, num_classes = len(labels), len(set(labels))
+    if num_images < num_partitions * max(1, min_samples):
+        raise DataError(
+            f"There are {num_images} images to train on, too few for {num_partitions} clients with at least "
+            f"{max(1, min_samples)} each. Use fewer clients or a smaller `min-samples-per-client`."
+        )
+    if classes_per_client > num_classes:
+        raise DataError(
+            f"`classes-per-client` is {classes_per_client}, but the images to train on have {num_classes} "
+            f"{'class' if num_classes == 1 else 'classes'}. Use at most {num_classes}."
+        )
+    if num_partitions * shards_per_client > num_images:
+        raise DataError(
+            f"`shards-per-client` is {shards_per_client}, so {num_partitions} clients need "
+            f"{num_partitions * shards_per_client} shards, but there are {num_images} images to train on. Use at most "
+            f"{num_images // num_partitions}."
+        )

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from fgl_app.cards import load_card
@@ -104,9 +106,51 @@ def test_a_thousand_clients():
     assert {len(part) for part in parts} == {4}
 
 
-def test_an_impossible_partition_is_refused():
-    with pytest.raises(DataError, match="at least 10 images"):
-        partition([0] * 20, 5, "iid")
+@pytest.mark.parametrize(
+    ("labels", "num_partitions", "scheme", "settings", "sentence"),
+    [
+        ([0] * 20, 5, "iid", {"min_samples": 10}, "20 images to train on, too few for 5 clients with at least 10 each"),
+        ([0] * 3, 5, "iid", {}, "3 images to train on, too few for 5 clients with at least 1 each"),
+        ([0, 1] * 419, 5, "shards", {"shards_per_client": 500}, r"5 clients need 2500 shards.* Use at most 167\."),
+        ([0, 1] * 9, 2, "pathological", {"classes_per_client": 3}, r"have 2 classes\. Use at most 2\."),
+        ([0] * 9 + [1], 3, "pathological", {"classes_per_client": 2}, "Use fewer clients, a smaller `classes-per-cl"),
+        ([0] * 40, 4, "dirichlet", {"beta": 1e-6, "min_samples": 9}, "Use fewer clients, a larger `dirichlet-beta`"),
+    ],
+)
+def test_an_impossible_partition_is_refused_with_the_key_that_makes_it_one(
+    labels, num_partitions, scheme, settings, sentence
+):
+    others = {"beta": 0.5, "classes_per_client": 1, "shards_per_client": 1, "min_samples": 0, "seed": 3}
+    with pytest.raises(DataError, match=sentence):
+        partition_indices(labels, None, num_partitions, scheme, **others | settings)
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), max_size=40),
+    num_partitions=st.integers(1, 12),
+    scheme=st.sampled_from(["iid", "dirichlet", "pathological", "shards", "domain"]),
+    beta=st.floats(1e-6, 1e6),
+    classes=st.integers(1, 6),
+    shards=st.integers(1, 50),
+    min_samples=st.integers(0, 6),
+)
+def test_any_settings_give_a_disjoint_division_or_a_sentence(
+    labels, num_partitions, scheme, beta, classes, shards, min_samples
+):
+    domains = [label % 3 for label in labels]
+    try:
+        parts = partition_indices(
+            labels, domains, num_partitions, scheme, beta=beta, classes_per_client=classes, shards_per_client=shards,
+            min_samples=min_samples, seed=5,
+        )  # fmt: skip
+    except DataError:
+        return
+    rows = [row for part in parts for row in part]
+    assert len(parts) == num_partitions
+    assert len(rows) == len(set(rows))
+    assert min(map(len, parts)) >= min_samples
+    if scheme in ("iid", "dirichlet", "domain"):
+        assert sorted(rows) == list(range(len(labels)))
 
 
 def test_clients_hold_the_whole_train_part_and_no_held_out_image(settings):
