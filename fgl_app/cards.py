@@ -75,7 +75,7 @@ class Card:
     test: float
     """Share held out for the test; 0 if the source has a test part."""
     split_seed: int
-    """Seed of these divisions, the same in every run."""
+    """Seed of the public share, which is the same in every run; the run's seed divides the other images."""
     columns: Mapping[str, str]
     """Names of the columns ``image``, ``label`` and, where images have one, ``domain`` (Hugging Face)."""
     classes: tuple[CardClass, ...]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 
 from flwr.serverapp.strategy import Strategy
 
 from fgl_app import tiny
+from fgl_app.data.division import DIVISION
 from fgl_app.data.sources import client_rows, load_held_out
 from fgl_app.errors import ConfigError
+from fgl_app.files import checkpoint_file
 from fgl_app.foundation_models import check_model_source, text_shape
 from fgl_app.models import check_all_trained, check_model
 from fgl_app.phases import initial_arrays
@@ -58,6 +62,7 @@ def check_settings(settings: Settings) -> Settings:
     _check_private_rounds(settings, len(names))
     if settings.training.initial_weights != "random":
         initial_arrays(settings, names)
+        _check_origin(settings)
     read_blocked_words(settings.policy.blocked_words)
     open_trackers(settings, None)
     prompts, synthesis = settings.prompts, settings.synthesis
@@ -95,11 +100,39 @@ def check_settings(settings: Settings) -> Settings:
         if settings.prompts_from_server and prompts.prompt_writer != "templates":
             check_model_source("prompt-writer", prompts.prompt_writer, prompts.prompt_writer_revision, "config.json")
     if not settings.own_folders:
-        load_held_out(settings.card, settings.data)
+        load_held_out(settings.card, settings.data, settings.run.seed)
         if settings.run.method != "centralized":
             client_rows(settings.card, settings.data, settings.run.num_clients, settings.run.seed)
     inner_strategy(settings)  # the last, because Flower's strategies log what they were told
     return settings
+
+
+def _check_origin(settings: Settings) -> None:
+    """Refuse weights of a run that may have trained on what this run holds out.
+
+    The seed divides the images of a card. Weights of another seed's rounds have therefore seen some of this run's
+    validation and test images; those of its one-shot model have seen synthetic images only.
+    """
+    checkpoint = Path(settings.training.initial_weights).expanduser()
+    try:
+        origin = json.loads((checkpoint.parent.parent / "config.json").read_text("utf-8"))
+        flat, resolved = dict(origin["run_config"]), dict(origin["resolved"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no run's checkpoint
+    here = (settings.run.seed, DIVISION)
+    held_out_here = not settings.own_folders and settings.card.validation + settings.card.test > 0
+    same_card = resolved.get("card") == settings.card.digest()
+    synthetic_only = (
+        flat.get("method") in ("fgl", "gpt-fl")
+        and checkpoint == checkpoint_file(checkpoint.parent.parent, 1)
+        and flat.get("initial-weights", "random") in ("random", "imagenet")
+    )
+    if held_out_here and same_card and not synthetic_only and (flat.get("seed"), resolved.get("division")) != here:
+        raise ConfigError(
+            f"`initial-weights` {str(checkpoint)!r} were trained with seed {flat.get('seed')}, which divides "
+            f"{settings.card.name} otherwise: they may have seen test images of seed {settings.run.seed}. Use weights "
+            "of a run of this version with the same `seed`, or of a one-shot model."
+        )
 
 
 def _check_private_rounds(settings: Settings, num_classes: int) -> None:

@@ -371,6 +371,11 @@ def _results(folder: Path, run: Run) -> dict[str, Any] | None:
     free = {"output-dir", "store-dir", "data-dir"}
     changed = [key for key, value in settings.flat().items() if key not in free and earlier.get(key) != value]
     now = resolve(settings)
+    if resolved.get("division") != now.get("division"):
+        raise ConfigError(
+            f"{str(place)!r} was run by a version that held out the same test images for every seed; this version "
+            "divides the images by `seed`, and one table must not mix the two. Use another --output-dir."
+        )
     changed += [key for key in IDENTITIES if resolved.get(key) != now.get(key)]
     earlier |= resolved
     if changed:

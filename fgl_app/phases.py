@@ -15,6 +15,7 @@ from flwr.common.logger import log
 from torch import nn
 
 from fgl_app import tiny
+from fgl_app.data.division import DIVISION
 from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.foundation_models import content_of, identity_of
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
@@ -93,6 +94,7 @@ def resolve(settings: Settings) -> dict[str, str]:
         "generator": _with_content(synthesis.generator, tiny.DIFFUSION),
         "captioner": _with_content(captioner, tiny.CAPTIONER),
         **{key: _with_content(value) for key, value in weights.items() if content_of(value)},
+        **({} if settings.own_folders else {"division": DIVISION}),
     }
 
 

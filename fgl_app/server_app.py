@@ -19,7 +19,7 @@ from sklearn.metrics import confusion_matrix
 
 from fgl_app.checks import check_settings, inner_strategy
 from fgl_app.config import parse_run_config
-from fgl_app.data.images import ImageSet
+from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.data.sources import load_held_out, load_split
 from fgl_app.errors import FGLError, RoundError, RunFolderError
 from fgl_app.foundation_models import text_shape
@@ -118,8 +118,8 @@ class Session:
 
     def train_centrally(self) -> None:
         """Baseline: each round is ``local-epochs`` epochs on all real training images in one place."""
-        data = load_split(self.settings.card, self.settings.data, "train")
-        evaluate = evaluator(self.settings, self.class_names, load_held_out(self.settings.card, self.settings.data))
+        data = load_split(self.settings.card, self.settings.data, "train", self.settings.run.seed)
+        evaluate = evaluator(self.settings, self.class_names, self._held_out())
         arrays = self._first_arrays()
         for number in range(len(self.rounds) + 1, self.settings.run.num_server_rounds + 1):
             arrays = train_on_server(
@@ -162,6 +162,9 @@ class Session:
             synthesis=self.synthesis,
             seconds=self.stopwatch.seconds,
         )
+
+    def _held_out(self) -> HeldOut:
+        return load_held_out(self.settings.card, self.settings.data, self.settings.run.seed)
 
     def _first_arrays(self) -> ArrayRecord:
         if self.rounds:
@@ -307,8 +310,7 @@ class Session:
         """Return Flower's ``evaluate_fn``: measure a finished round and keep it; ``offset`` rounds are not counted."""
         central = None
         if not self.settings.own_folders:
-            held_out = load_held_out(self.settings.card, self.settings.data)
-            central = evaluator(self.settings, self.class_names, held_out)
+            central = evaluator(self.settings, self.class_names, self._held_out())
 
         def evaluate(counted: int, arrays: ArrayRecord) -> MetricRecord | None:
             number = offset + counted
@@ -351,7 +353,7 @@ class Session:
 
     def _measured(self, number: int, validation: Evaluation, test: Evaluation) -> dict[str, Any]:
         """Return the measures of a round on the common held-out images, and keep its confusion matrix."""
-        data = load_held_out(self.settings.card, self.settings.data).test
+        data = self._held_out().test
         labels = range(len(self.class_names))
         confusion = confusion_matrix(data.labels.numpy(), test.predictions.numpy(), labels=list(labels))
         self.folder.save_confusion(self.class_names, confusion.tolist(), number)

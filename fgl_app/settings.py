@@ -30,7 +30,7 @@ class RunSettings:
     trackers: str
     """Where metrics go besides the run folder: ``tensorboard``, ``wandb``, ``mlflow``, separated by commas."""
     seed: int
-    """Seed of everything random."""
+    """Seed of everything random, also of which private images of a card are for training, validation and test."""
     num_clients: int
     """Clients of the federation."""
     num_server_rounds: int
@@ -53,7 +53,7 @@ class DataSettings:
     image_size: int
     """Side of the classifier's input, px; 0 for the card's."""
     max_train_images: int
-    """Use this many training images of all clients together, a fixed choice; 0 for all."""
+    """Use this many training images of all clients together, chosen by the seed; 0 for all."""
     partition: Literal["iid", "dirichlet", "pathological", "shards", "domain"]
     """How the training images are divided over the clients; ``domain``: one domain each."""
     dirichlet_beta: float

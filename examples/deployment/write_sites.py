@@ -20,7 +20,7 @@ def write_sites(folder: Path) -> None:
     """Write `folder/SITE/CLASS/*.png`; what two sites hold of a class is divided between them."""
     card = load_card("digits")
     part = open_part(card, "train", "")
-    for row in divide(card, part.labels)["train"]:
+    for row in divide(card, part.labels, seed=0)["train"]:
         label = part.labels[row]
         holders = [site for site, labels in SITES.items() if label in labels]
         target = folder / holders[row % len(holders)] / card.classes[label].name

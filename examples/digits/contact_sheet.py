@@ -23,7 +23,9 @@ def main() -> None:
     run, output = read_run(Path(sys.argv[1])), Path(sys.argv[2])
     settings = parse_run_config(default_run_config() | {"dataset": "digits", "image-size": SHOWN_SIZE_PX})
     panels = {
-        "real: private digits of the clients": load_split(settings.card, settings.data, "train"),
+        "real: private digits of the clients": load_split(
+            settings.card, settings.data, "train", int(run.results["seed"])
+        ),
         "synthetic: drawn from the clients' prompts": synthetic_images(
             run, len(run.class_names), IMAGES_PER_CLASS, SHOWN_SIZE_PX
         ),

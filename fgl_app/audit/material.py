@@ -92,6 +92,12 @@ def open_material(path: Path, data_dir: Path | None, data_paths: Sequence[Path])
             f"The settings of {str(run.path)!r} must be those of this version, and its card must be where it was, but "
             "they are not. Audit the run with the version that made it."
         )
+    if run.divided_otherwise:
+        raise ConfigError(
+            f"{str(run.path)!r} was run by a version that held out the same test images for every seed. This version "
+            "divides the images by `seed` and would take some test images for members. Audit the run with the version "
+            "that made it."
+        )
     # The audit may run on another machine than the run.
     settings = dataclasses.replace(run.settings, run=dataclasses.replace(run.settings.run, device="auto"))
     if data_dir is not None:
@@ -122,7 +128,7 @@ def attacked_images(material: Material, with_rest: bool = False) -> RealImages:
         )
     rows = _member_rows(settings)
     labels = train_labels(settings.card, settings.data)
-    test = load_split(settings.card, settings.data, "test")
+    test = load_split(settings.card, settings.data, "test", settings.run.seed)
     members, others = balanced([labels[row] for row in rows], test.labels.tolist(), MAX_IMAGES, generator)
     chosen = [rows[index] for index in members]
     rest = sorted(set(rows) - set(chosen)) if with_rest else []
@@ -143,7 +149,8 @@ def all_real_images(material: Material, size_px: int) -> RealImages:
     if settings.own_folders:
         return _own_folders(material, size_px)
     data = dataclasses.replace(settings.data, image_size=size_px)
-    return RealImages(load_rows(settings.card, data, _member_rows(settings)), load_split(settings.card, data, "test"))
+    test = load_split(settings.card, data, "test", settings.run.seed)
+    return RealImages(load_rows(settings.card, data, _member_rows(settings)), test)
 
 
 def _member_rows(settings: Settings) -> list[int]:

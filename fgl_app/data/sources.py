@@ -11,7 +11,7 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from fgl_app.cards import Card, load_card
-from fgl_app.data.division import divide
+from fgl_app.data.division import divide, private_state
 from fgl_app.data.folder import class_folders, decode_readable, load_folder, split_folder
 from fgl_app.data.images import HeldOut, ImageSet, to_pixels
 from fgl_app.data.partition import partition_indices
@@ -50,7 +50,7 @@ def load_client_data(
         settings: The run's data settings.
         node_config: The SuperNode's configuration: ``partition-id`` and ``num-partitions`` for partitioned data. For a
             node's own: ``data-path``, a folder of images per class, or ``card``, and ``data-path`` where its data lie.
-        seed: The run's seed, from which all clients derive the same partition.
+        seed: The run's seed, from which all clients derive the same division and partition.
         class_names: For folders: the run's label space; None for the client's own classes.
 
     Raises:
@@ -82,7 +82,7 @@ def load_client_data(
             f"{num_partitions!r}. Use for example --node-config 'partition-id=0 num-partitions=5'."
         )
     train = _partition(card, settings, num_partitions, partition_id, seed)
-    return ClientData(train, functools.partial(load_held_out, card, settings), partition_id, card.class_names())
+    return ClientData(train, functools.partial(load_held_out, card, settings, seed), partition_id, card.class_names())
 
 
 def _load_own_card(
@@ -117,7 +117,7 @@ def _partition(card: Card, settings: DataSettings, num_partitions: int, partitio
 def client_rows(card: Card, settings: DataSettings, num_partitions: int, seed: int) -> list[list[int]]:
     """Divide the training images over the clients: for each partition id, rows of the source's training part."""
     part = _open(card, "train", settings.data_dir)
-    train = _limited(card, part, settings.max_train_images)
+    train = _limited(card, part, settings.max_train_images, seed)
     domains = None if part.domains is None else [part.domains[row] for row in train]
     chosen = divided(settings, [part.labels[row] for row in train], domains, num_partitions, seed)
     return [[train[index] for index in indices] for indices in chosen]
@@ -141,18 +141,26 @@ def divided(
 
 
 @functools.lru_cache(maxsize=2)
-def load_held_out(card: Card, settings: DataSettings) -> HeldOut:
+def load_held_out(card: Card, settings: DataSettings, seed: int) -> HeldOut:
     """Load the common validation and test images of a partitioned data set."""
-    return HeldOut(load_split(card, settings, "validation"), load_split(card, settings, "test"))
+    return HeldOut(load_split(card, settings, "validation", seed), load_split(card, settings, "test", seed))
 
 
-def load_split(card: Card, settings: DataSettings, name: str) -> ImageSet:
-    """Load ``public``, ``train``, ``validation`` or ``test`` of a data set at the run's image size."""
+def load_split(card: Card, settings: DataSettings, name: str, seed: int) -> ImageSet:
+    """Load ``public``, ``train``, ``validation`` or ``test`` of a data set at the run's image size.
+
+    Args:
+        card: The data set.
+        settings: The run's data settings.
+        name: Which part.
+        seed: The run's seed, which divides all but the public images and the parts that the source has itself.
+    """
     if name in card.splits and name != "train":
         part = _open(card, name, settings.data_dir)
         return _decode(card, settings, name, range(len(part.labels)))
     train = _open(card, "train", settings.data_dir)
-    rows = _limited(card, train, settings.max_train_images) if name == "train" else _division(card, train)[name]
+    limit = settings.max_train_images
+    rows = _limited(card, train, limit, seed) if name == "train" else _division(card, train, seed)[name]
     return _decode(card, settings, "train", rows)
 
 
@@ -172,8 +180,8 @@ def _open(card: Card, name: str, data_dir: str) -> Part:
 
 
 @functools.lru_cache(maxsize=4)
-def _division(card: Card, part: Part) -> dict[str, list[int]]:
-    return divide(card, _strata(card, part))
+def _division(card: Card, part: Part, seed: int) -> dict[str, list[int]]:
+    return divide(card, _strata(card, part), seed)
 
 
 def _strata(card: Card, part: Part) -> list[int]:
@@ -182,15 +190,14 @@ def _strata(card: Card, part: Part) -> list[int]:
     return [domain * len(card.classes) + label for label, domain in zip(part.labels, part.domains, strict=True)]
 
 
-def _limited(card: Card, part: Part, limit: int) -> list[int]:
-    """Return the training rows, or a fixed choice of ``limit`` of them that keeps the classes' proportions."""
-    rows = _division(card, part)["train"]
+def _limited(card: Card, part: Part, limit: int, seed: int) -> list[int]:
+    """Return the training rows, or the seed's choice of ``limit`` of them that keeps the classes' proportions."""
+    rows = _division(card, part, seed)["train"]
     if not 0 < limit < len(rows):
         return rows
     strata = _strata(card, part)
-    kept, _ = train_test_split(
-        rows, train_size=limit, random_state=card.split_seed, stratify=[strata[row] for row in rows]
-    )
+    state = private_state(card, seed, "max-train-images")
+    kept, _ = train_test_split(rows, train_size=limit, random_state=state, stratify=[strata[row] for row in rows])
     return sorted(kept)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fgl_app.config import parse_run_config
+from fgl_app.data.division import DIVISION
 from fgl_app.data.images import ImageSet, resize
 from fgl_app.data.readers import open_part
 from fgl_app.data.sources import client_rows, load_split
@@ -48,6 +49,12 @@ class FinishedRun:
     """Empty for a method without prompts."""
 
     @property
+    def divided_otherwise(self) -> bool:
+        """Whether an earlier version held out other images than this one would."""
+        partitioned = self.settings is not None and not self.settings.own_folders
+        return partitioned and self.config["resolved"].get("division") != DIVISION
+
+    @property
     def rounds(self) -> Sequence[Mapping[str, Any]]:
         """Metrics of each round."""
         rows: Sequence[Mapping[str, Any]] = self.results["rounds"]
@@ -67,7 +74,8 @@ def read_run(path: Path) -> FinishedRun:
     """
     folder = path.expanduser()
     config, results = _read(folder, "config.json"), _read(folder, "results.json")
-    if not isinstance(config.get("run_config"), dict) or not all(key in results for key in _NEEDED):
+    described = all(isinstance(config.get(key), dict) for key in ("run_config", "resolved"))
+    if not described or not all(key in results for key in _NEEDED):
         raise RunFolderError(
             f"{str(folder)!r} must be a run of this version of the application, but its config.json or results.json "
             "lacks what a report shows. Start the run again with the same `run-name`; what is finished is reused."
@@ -110,6 +118,7 @@ def class_counts(run: FinishedRun, max_clients: int) -> list[list[int]]:
     settings = _settings(run)
     if settings.own_folders:
         raise DataError("Every client holds a folder of its own, and only the client knows what is in it.")
+    _refuse_other_division(run)
     if settings.run.method == "centralized":
         raise DataError("All training images are in one place; there are no clients.")
     card, data = settings.card, settings.data
@@ -164,7 +173,14 @@ def held_out_images(run: FinishedRun, size_px: int) -> ImageSet:
     settings = _settings(run)
     if settings.own_folders:
         raise DataError("The real ones never leave the clients.")
-    return load_split(settings.card, dataclasses.replace(settings.data, image_size=size_px), "validation")
+    _refuse_other_division(run)
+    data = dataclasses.replace(settings.data, image_size=size_px)
+    return load_split(settings.card, data, "validation", settings.run.seed)
+
+
+def _refuse_other_division(run: FinishedRun) -> None:
+    if run.divided_otherwise:
+        raise DataError("An earlier version made this run and held out other images than this one would.")
 
 
 def _settings(run: FinishedRun) -> Settings:

@@ -147,6 +147,12 @@ class RunFolder:
                     f"`run-name` {self.path.name} must be resumed with the settings it began with, but `{key}` was "
                     f"{earlier.get(key)!r} and is {value!r} now. Use another `run-name`."
                 )
+        if resolved.get("division") != self._resolved.get("division"):
+            raise RunFolderError(
+                f"`run-name` {self.path.name} was begun by a version that held out the same test images for every "
+                "seed. This version divides the images by `seed` and would train on some of them. Use another "
+                "`run-name`."
+            )
         for key in IDENTITIES:
             if resolved.get(key) != self._resolved.get(key):
                 raise RunFolderError(

@@ -182,7 +182,7 @@ def test_4bit_without_a_package_for_it_says_what_to_install(monkeypatch):
 
 def test_torchao_stands_in_where_bitsandbytes_is_not_installed(monkeypatch):
     monkeypatch.setattr("clients.captioning._installed", lambda package: package == "torchao")
-    data = load_split(load_card("digits"), parse_run_config(default_run_config()).data, "train")
+    data = load_split(load_card("digits"), parse_run_config(default_run_config()).data, "train", 0)
     images, names = data.images[:40], load_card("digits").class_names()
 
     captions = load("tiny", "4bit")(images)

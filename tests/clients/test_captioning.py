@@ -23,7 +23,7 @@ def captioner() -> HubCaptioner:
 
 
 def test_captions_of_private_digits_name_their_class_and_style(captioner, settings):
-    data = load_split(settings.card, settings.data, "validation")
+    data = load_split(settings.card, settings.data, "validation", 0)
 
     captions = captioner(data.images)
 
@@ -40,13 +40,13 @@ def test_the_image_decides_the_caption(captioner):
 
 
 def test_a_caption_does_not_depend_on_the_batch(captioner, settings):
-    images = load_split(settings.card, settings.data, "validation").images[:10]
+    images = load_split(settings.card, settings.data, "validation", 0).images[:10]
 
     assert [caption for image in images for caption in captioner(image[None])] == captioner(images)
 
 
 def test_instance_prompts_are_distinct_with_counts(captioner, settings):
-    data = load_split(settings.card, settings.data, "validation")
+    data = load_split(settings.card, settings.data, "validation", 0)
 
     prompts = write_prompts(
         data, CLASS_NAMES, form_of=settings.prompt_form, domains=(), num_prompts_per_class=1, captioner=captioner
@@ -143,7 +143,7 @@ def test_equal_images_are_captioned_once(tmp_path):
 
 
 def test_captioning_batches_shrink_when_memory_runs_out(captioner, settings, tmp_path):
-    images = load_split(settings.card, settings.data, "validation").images[:7]
+    images = load_split(settings.card, settings.data, "validation", 0).images[:7]
     sizes: list[int] = []
 
     def room_for_three(batch: torch.Tensor) -> list[str]:

@@ -28,7 +28,7 @@ def write_site(folder: Path, site: int, num_sites: int = 2) -> None:
     """Write a share of the private zeros and ones as PNG files, one folder per class."""
     card = load_card("digits")
     part = open_part(card, "train", "")
-    train = divide(card, part.labels)["train"]
+    train = divide(card, part.labels, seed=0)["train"]
     for label, name in ((0, "zero"), (1, "one")):
         (folder / name).mkdir(parents=True)
         rows = [row for row in train if part.labels[row] == label]

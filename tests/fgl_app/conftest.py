@@ -73,7 +73,7 @@ def make_fedavg(run_config) -> Callable[..., Path]:
 
     def make(**overrides: RunConfigValue) -> Path:
         settings = parse_run_config(run_config | {"method": "fedavg"} | overrides)
-        folder = RunFolder(settings, {})
+        folder = RunFolder(settings, resolve(settings))
         rounds = [without_optional(a_row(1, 0.3))]
         folder.write_results(
             summarize(

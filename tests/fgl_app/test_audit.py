@@ -67,13 +67,12 @@ def test_an_over_trained_run_is_told_from_a_one_shot_model(train_run, tmp_path):
     said = audit(fedavg, fgl, "--shadow-models", 4, "--table", tmp_path / "table.md")
 
     (over_trained,) = result_of(fedavg)["membership"]["models"]
-    assert all(over_trained["measures"][name]["auc"]["value"] > 0.6 for name in ("loss", "modified entropy", "LiRA"))
-    assert over_trained["measures"]["loss"]["auc"]["low"] > 0.5
+    assert all(over_trained["measures"][name]["auc"]["low"] > 0.5 for name in ("loss", "modified entropy", "LiRA"))
     assert "FedAvg, 1 round: members can be told from other images by" in said
     one_shot, last = result_of(fgl)["membership"]["models"]
     assert (one_shot["name"], last["name"]) == ("FGL one-shot", "FGL, 2 rounds")
     assert one_shot["measures"]["loss"]["auc"]["low"] < 0.5
-    assert last["measures"]["loss"]["auc"]["value"] > 0.6
+    assert last["measures"]["loss"]["auc"]["low"] > 0.5
     part = result_of(fgl)["membership"]
     assert part["num_members"] == part["num_others"] == 80
     assert part["least_fpr"] == 1 / 80

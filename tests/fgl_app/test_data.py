@@ -36,7 +36,7 @@ def client_data(settings, node_config, class_names=None):
 
 def test_the_digits_split_is_disjoint_complete_and_never_changes():
     card = load_card("digits")
-    parts = divide(card, open_part(card, "train", "").labels)
+    parts = divide(card, open_part(card, "train", "").labels, 0)
 
     sizes = {"public": 599, "train": 838, "validation": 120, "test": 240}
     assert {name: len(rows) for name, rows in parts.items()} == sizes
@@ -163,7 +163,7 @@ def test_clients_hold_the_whole_train_part_and_no_held_out_image(settings):
 def test_fewer_training_images_are_a_fixed_choice_with_all_classes(run_config):
     settings = parse_run_config(run_config | {"max-train-images": 100})
 
-    first, second = (load_split(settings.card, settings.data, "train") for _ in range(2))
+    first, second = (load_split(settings.card, settings.data, "train", 0) for _ in range(2))
 
     assert len(first) == 100
     assert torch.equal(first.images, second.images)
@@ -198,7 +198,9 @@ def test_fashion_mnist_is_read_from_the_files_that_debian_packages(tmp_path, run
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", (np.arange(count) % 10).astype(np.uint8))
     settings = parse_run_config(run_config | {"dataset": "fashion-mnist", "data-dir": str(tmp_path), "image-size": 0})
 
-    parts = {name: load_split(settings.card, settings.data, name) for name in ("public", "train", "validation", "test")}
+    parts = {
+        name: load_split(settings.card, settings.data, name, 0) for name in ("public", "train", "validation", "test")
+    }
 
     assert {name: len(part) for name, part in parts.items()} == {
         "public": 200, "train": 180, "validation": 20, "test": 20,
@@ -212,7 +214,7 @@ def test_data_that_are_nowhere_are_named_with_advice(tmp_path, run_config, monke
     settings = parse_run_config(run_config | {"dataset": "fashion-mnist", "data-dir": str(tmp_path)})
 
     with pytest.raises(DataError, match=r"Fashion-MNIST.*`data-dir`"):
-        load_split(settings.card, settings.data, "test")
+        load_split(settings.card, settings.data, "test", 0)
 
 
 def test_a_folder_of_images_per_class_is_read_at_the_image_size(tmp_path, run_config):
@@ -239,7 +241,7 @@ def test_a_folder_of_images_per_class_is_a_data_set_without_a_card(tmp_path, run
     assert settings.card.class_names() == ("cat", "dog")
     assert sorted(set(client.train.labels.tolist()).pop() for client in clients) == [0, 1]
     assert [len(client.train) for client in clients] == [14, 14]  # 10 % are for validation, 20 % for the test
-    assert len(load_split(settings.card, settings.data, "test")) == 8
+    assert len(load_split(settings.card, settings.data, "test", 0)) == 8
     with pytest.raises(ConfigError, match="at least two, but holds 0"):
         parse_run_config(run_config | {"dataset": str(tmp_path / "pets" / "cat")})
 

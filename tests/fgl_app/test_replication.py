@@ -145,7 +145,7 @@ def test_a_backbone_that_does_not_exist_is_refused(tmp_path):
 def over_fitted(tmp_path_factory):
     """The shipped generator, trained on for sixty steps on nothing but one private image of each class."""
     chosen = parse_run_config(default_run_config() | {"image-size": 32})
-    train, names = load_split(chosen.card, chosen.data, "train"), chosen.card.class_names()
+    train, names = load_split(chosen.card, chosen.data, "train", 0), chosen.card.class_names()
     rows = [int((train.labels == label).nonzero()[3]) for label in range(10)]
     plan = draw_plan(chosen, MergedPrompts((), names), tmp_path_factory.mktemp("none"))
     pipeline = load_pipeline(plan.settings, CPU)
@@ -201,8 +201,8 @@ def test_members_are_the_clients_training_images_and_others_the_test(make_run, s
 
     real = all_real_images(material, 8)
 
-    assert torch.equal(real.members.images, load_split(settings.card, settings.data, "train").images)
-    assert torch.equal(real.others.images, load_split(settings.card, settings.data, "test").images)
+    assert torch.equal(real.members.images, load_split(settings.card, settings.data, "train", 0).images)
+    assert torch.equal(real.others.images, load_split(settings.card, settings.data, "test", 0).images)
 
 
 def test_images_that_never_left_the_clients_are_asked_for(make_fedavg, tmp_path):

@@ -191,7 +191,7 @@ def test_the_sheet_shows_held_out_images_and_those_of_the_store(make_run, settin
 
     real, synthetic = held_out_images(run, 8), synthetic_images(run, 3, 1, 16)
 
-    validation = load_split(settings.card, settings.data, "validation")
+    validation = load_split(settings.card, settings.data, "validation", 0)
     assert torch.equal(real.images, validation.images)
     assert synthetic.labels.tolist() == [0, 1, 2]
     assert synthetic.images.shape == (3, 3, 16, 16)  # stored at 32 px

@@ -46,7 +46,7 @@ def load(run_config, source):
 
     def load(dataset):
         settings = parse_run_config(run_config | {"dataset": str(dataset), "data-dir": str(source)})
-        parts = [load_split(settings.card, settings.data, name) for name in ("train", "validation", "test")]
+        parts = [load_split(settings.card, settings.data, name, 0) for name in ("train", "validation", "test")]
         for part in parts:
             assert part.images.shape == (len(part), 3, 8, 8)
             assert part.images.dtype == torch.uint8
