@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fgl_app.config import default_run_config
 from fgl_app.errors import ConfigError, FGLError
+from fgl_app.experiment_reader import load_experiment, read_experiment
 from fgl_app.experiments import (
     Experiment,
     Measure,
@@ -27,9 +26,7 @@ from fgl_app.experiments import (
     accuracies,
     cumulative_upload,
     epsilon_of,
-    load_experiment,
     mean_and_sd,
-    read_experiment,
     seconds_of,
     settings_of,
 )
@@ -38,6 +35,7 @@ from fgl_app.phases import resolve
 from fgl_app.reporting.comparison_figures import draw
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
 from fgl_app.reporting.run_folder import IDENTITIES
+from fgl_app.user_files import write_yaml
 
 EXPERIMENT_FILE = "experiment.yaml"
 """Copy of the experiment in the folder of its runs."""
@@ -81,8 +79,7 @@ def compare(
     runs = experiment.runs(folder, data_dir)
     finished = {run.name: _results(folder, run) for run in runs}
     folder.mkdir(parents=True, exist_ok=True)
-    copy = yaml.safe_dump(read_experiment(path), allow_unicode=True, sort_keys=False)
-    write_atomically(folder / EXPERIMENT_FILE, copy.encode())
+    write_atomically(folder / EXPERIMENT_FILE, write_yaml(read_experiment(path)).encode())
     left = [run for run in runs if finished[run.name] is None]
     say(f"{experiment.title}: {len(runs)} runs, {len(runs) - len(left)} finished, {len(left)} to do, in {folder}")
     options = ["--clients", str(experiment.num_clients), "--client-cpus", str(client_cpus)]

@@ -152,15 +152,15 @@ def _take_from_profile(card: Card, chosen: dict[str, RunConfigValue]) -> None:
 def _take_from_card(
     card: Card, values: dict[str, dict[str, RunConfigValue]], hints: Mapping[str, tuple[str, object]]
 ) -> None:
-    for key in card.defaults:
-        if key not in _FROM_CARD:
-            raise ConfigError(f"The card {card.name} may set {', '.join(_FROM_CARD)}, but sets `{key}`.")
     defaults = {"image-size": card.native_size, **card.defaults}
     for key, (left_to_card, otherwise) in _FROM_CARD.items():
         section, hint = hints[key]
         name = key.replace("-", "_")
         if values[section][name] == left_to_card:
-            values[section][name] = _typed(key, defaults.get(key, otherwise), hint)
+            try:
+                values[section][name] = _typed(key, defaults.get(key, otherwise), hint)
+            except ConfigError as error:
+                raise ConfigError(f"In `defaults` of the card {card.name} {error}") from None
 
 
 def _folder_card(names: str) -> Card:

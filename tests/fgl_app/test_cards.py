@@ -124,16 +124,16 @@ MALFORMED = [
     ({"columns": {"domain": "style"}}, "`columns.domain` must be there exactly if `domains`"),
     ({"domains": {"real": None}}, "`columns.domain` must be there exactly if `domains`"),
     ({"classes": ["cat"]}, "`classes` must be a list of at least two"),
-    ({"classes": ["cat", "cat"]}, "`classes` must have different names and ids"),
-    ({"classes": ["cat", {"name": "dog", "id": 0}]}, "`classes` must have different names and ids"),
+    ({"classes": ["cat", "cat"]}, r"`classes\[1\]` must have another name than `classes\[0\]`"),
+    ({"classes": ["cat", {"name": "dog", "id": 0}]}, r"`classes\[1\]` must have another id than `classes\[0\]`"),
     ({"classes": ["cat", {"name": "dog", "id": True}]}, r"`classes\[1\].id` must be a whole number or text"),
     ({"classes": ["cat", {"name": "dog", "promt": "a dog"}]}, r"`classes\[1\]` must have a name"),
-    ({"classes": ["cat", 7]}, r"`classes\[1\]` must be a mapping"),
+    ({"classes": ["cat", 7]}, r"`classes\[1\]` must be a name, or a mapping with one, but is the number 7"),
     ({"transforms": {"resize": 32}}, "`transforms` must be a list"),
-    ({"transforms": [{"rotate": 90}]}, "`transforms` must hold steps"),
+    ({"transforms": [{"rotate": 90}]}, r"`transforms\[0\]` must be a step"),
     ({"prompts": {}}, "`prompts.class` must hold at least one template"),
     ({"prompts": {"class": 5}}, "`prompts.class` must be a list"),
-    ({"prompts": {"class": ["a photo"]}}, r"`prompts.class` must contain \{class\}"),
+    ({"prompts": {"class": ["a photo"]}}, r"`prompts.class\[0\]` must contain \{class\}"),
     ({"prompts": {"class": "{class}", "instance": "{class}"}}, r"`prompts.instance` must contain \{caption\}"),
     ({"prompts": {"class": "{class}", "negativ": ""}}, "`prompts.negativ` must be class, instance, negative or styles"),
     (
@@ -157,7 +157,7 @@ def test_a_malformed_card_is_refused_in_a_sentence_that_names_the_field(change, 
 def test_a_card_may_set_only_what_runs_leave_to_it(tmp_path):
     path = write_hub_card(tmp_path, ["cat", "dog"], defaults={"seed": 1})
 
-    with pytest.raises(ConfigError, match="sets `seed`"):
+    with pytest.raises(ConfigError, match=r"line \d+, `defaults.seed` must be one of"):
         parse_run_config(default_run_config() | {"dataset": str(path)})
 
 
@@ -186,7 +186,7 @@ def test_a_card_that_is_no_yaml_or_nowhere_is_refused(tmp_path):
 
     with pytest.raises(ConfigError, match="must be YAML"):
         load_card(str(tmp_path / "broken.yaml"))
-    with pytest.raises(ConfigError, match="must be a card that can be read"):
+    with pytest.raises(ConfigError, match="must be a file that can be read"):
         load_card(str(tmp_path / "absent.yaml"))
     with pytest.raises(ConfigError, match="must be the absolute path"):
         load_card("mine.yaml")
@@ -198,3 +198,44 @@ def test_a_card_that_is_no_yaml_or_nowhere_is_refused(tmp_path):
 def test_an_unknown_data_set_is_answered_with_the_nearest(typed, nearest):
     with pytest.raises(ConfigError, match=rf"but is '{typed}'\. Use {nearest}"):
         load_card(typed)
+
+
+def write_card(folder, classes, extra="", kind="kind: folder"):
+    path = folder / "own.yaml"
+    path.write_text(
+        f"title: Own\nsource: {{{kind}}}\nsplits: {{train: ''}}\nvalidation: 0.1\ntest: 0.2\n"
+        f"prompts: {{class: 'a {{class}}'}}\nclasses:\n{classes}{extra}",
+        "utf-8",
+    )
+    return path
+
+
+def test_ids_and_names_on_a_card_are_what_is_written(tmp_path):
+    card = load_card(str(write_card(tmp_path, "- {name: ten, id: 00010}\n- {name: no}\n- 12:30\n- x²\n")))
+
+    assert [item.source_id for item in card.classes] == ["00010", "no", "12:30", "x²"]
+    assert card.class_names() == ("ten", "no", "12:30", "x2")
+
+
+@pytest.mark.parametrize(
+    ("classes", "extra", "kind", "named"),
+    [
+        ("- a\n- b\n", "split-seed: 010\n", "kind: folder", "line 10, `split-seed` must be a whole number, but is"),
+        ("- a\n- b\n", "defaults:\n  guidance-scale: 1_0\n", "kind: folder", "line 11, `defaults.guidance-scale` must"),
+        ("- a\n- b\n- {name: c, prompt: 1e3}\n", "", "kind: folder", r"line 10, `classes\[2\].prompt` must be .* 1e3"),
+        ("- x²\n- x2\n", "", "kind: folder", r"line 9, `classes\[1\]` must have another name than `classes\[0\]`"),
+        ("- {name: a, id: 10}\n- {name: b, id: '10'}\n", "", "kind: folder", "must have another id"),
+        ("- {name: a, id: 1}\n- {name: b, id: two}\n", "", "kind: huggingface, name: a/b", "all whole numbers, or all"),
+        ("- a\n- b\n", "title: Again\n", "kind: folder", "line 10: `title` stands in line 1, too"),
+        ("- a\n- ' b'\n", "", "kind: folder", "without blanks around it"),
+    ],
+)  # fmt: skip
+def test_a_cards_mistake_has_file_line_and_key(tmp_path, classes, extra, kind, named):
+    path = write_card(tmp_path, classes, extra, kind)
+    if "huggingface" in kind:
+        path.write_text(path.read_text("utf-8").replace("splits: {train: ''}", "splits: {train: train}"), "utf-8")
+
+    with pytest.raises(ConfigError, match=named) as raised:
+        load_card(str(path))
+
+    assert str(path) in str(raised.value)

@@ -1,7 +1,8 @@
 import pytest
 
 from fgl_app import tiny
-from fgl_app.config import default_run_config, parse_run_config
+from fgl_app.card_reader import _DEFAULTS
+from fgl_app.config import _FROM_CARD, default_run_config, parse_run_config
 from fgl_app.errors import ConfigError
 from fgl_app.foundation_models import check_model_source, content_of, identity_of, locate
 from fgl_app.models import check_model_name
@@ -176,3 +177,7 @@ def test_synthesis_settings_that_make_no_sense_are_refused(overrides, message):
 def test_defences_that_would_protect_nothing_are_refused(run_config, overrides, reason):
     with pytest.raises(ConfigError, match=reason):
         parse_run_config(run_config | overrides)
+
+
+def test_the_keys_that_a_card_may_set_are_those_that_runs_leave_to_it():
+    assert set(_DEFAULTS) == set(_FROM_CARD)

@@ -9,9 +9,11 @@ from PIL import Image
 from fgl_app.comparison import compare, typed, write_tables
 from fgl_app.config import APP_FOLDER
 from fgl_app.errors import ConfigError
-from fgl_app.experiments import accuracies, epsilon_of, load_experiment, mean_and_sd, read_experiment
+from fgl_app.experiment_reader import load_experiment, read_experiment
+from fgl_app.experiments import accuracies, epsilon_of, mean_and_sd
 from fgl_app.reporting.comparison_figures import _column_points, _round_points, draw
 from fgl_app.simulation import _value
+from fgl_app.user_files import write_yaml
 
 EXPERIMENT = {
     "title": "Two methods",
@@ -253,6 +255,69 @@ def test_a_wrong_experiment_is_refused_before_anything_runs(write, tmp_path, cha
         )
 
     assert not (tmp_path / "out").exists()
+
+
+TEXT = """\
+title: Own
+clients: 2
+seeds: [0]
+settings: {model: cnn, learning-rate: 1e-2}
+columns:
+  1e-2: {dirichlet-beta: 1e-2}
+  no: {partition: iid}
+rows:
+  FedAvg: {method: fedavg}
+  010: {num-server-rounds: 1}
+figures:
+- {name: f, kind: bars, title: t, columns: [1e-2], rows: [010]}
+orderings:
+- {name: o, larger: [FedAvg, no], smaller: [010, 1e-2]}
+"""
+
+
+def test_names_of_rows_and_columns_and_numbers_are_what_is_written(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("\ufeff" + TEXT, "utf-8")
+
+    for text in (path.read_text("utf-8"), write_yaml(read_experiment(path))):  # and in the copy beside the runs
+        path.write_text(text, "utf-8")
+        experiment = load_experiment(path)
+        assert [row.name for row in experiment.rows] == ["FedAvg", "010"]
+        assert experiment.shared["learning-rate"] == 0.01
+        assert experiment.columns == {"1e-2": {"dirichlet-beta": 0.01}, "no": {"partition": "iid"}}
+        assert experiment.figures[0].columns == ("1e-2",)
+        assert experiment.orderings[0].smaller == ("010", "1e-2")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("  FedAvg: {", "  '010': {method: fgl}\n  FedAvg: {", "line 11: `rows.010` stands in line 9, too"),
+        ("clients: 2", "clients: 0x2", "line 2, `clients`: it must be a whole number"),
+        ("seeds: [0]", "seeds: [0, 010]", r"line 3, `seeds\[1\]`: it must be a whole number"),
+        ("seeds: [0]", "seeds: [3, 3]", "line 3, `seeds`: each seed must stand there once"),
+        ("learning-rate: 1e-2", "learning-rate: 1_000", "line 4, `settings.learning-rate`: .*must be a number"),
+        ("{partition: iid}", "{compile-training: yes}", "line 7, `columns.no.compile-training`: .*true or false"),
+        ("num-server-rounds: 1", "retain-prompts: no", "line 10, `rows.010.retain-prompts`: .*true or false"),
+        ("num-server-rounds: 1", "learnig-rate: 1", "line 10, `rows.010.learnig-rate`: .*Did you mean"),
+        ("num-server-rounds: 1", "every-column: no", "line 10, `rows.010.every-column`: it must be true or false"),
+        ("num-server-rounds: 1", "lora: [a]", "line 10, `rows.010.lora`: it must be text, a number"),
+        ("[FedAvg, no]", "[FedAvg, false]", "line 14, `orderings\\[0\\].larger`: ordering 'o' must name"),
+        ("columns: [1e-2]", "columns: [0.01]", "line 12, `figures\\[0\\].columns\\[0\\]`: it must name one of the col"),
+        ("name: o,", "name: o, margin: 1_0,", "line 14, `orderings\\[0\\].margin`: it must be a number"),
+        ("title: t,", "titel: t,", "line 12, `figures\\[0\\].titel`: `titel` is unknown"),
+        ("name: f,", "name: ../f,", "line 12, .*the name of a file"),
+        ("orderings:", "- {name: F, kind: bars, title: t}\norderings:", "line 13, .*different names, as files"),
+    ],
+)  # fmt: skip
+def test_an_experiments_mistake_has_file_line_and_key(tmp_path, old, new, named):
+    path = tmp_path / "own.yaml"
+    path.write_text(TEXT.replace(old, new), "utf-8")
+
+    with pytest.raises(ConfigError, match=named) as raised:
+        load_experiment(path)
+
+    assert str(path) in str(raised.value)
 
 
 SHIPPED = [path for path in sorted(APP_FOLDER.glob("examples/*/*.yaml")) if "seeds:" in path.read_text("utf-8")]
