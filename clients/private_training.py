@@ -13,8 +13,10 @@ from torch import nn
 from clients.local_training import WEIGHT_DECAY
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError
+from fgl_app.models import check_draws_nothing
 from fgl_app.privacy.accounting import poisson_schedule
-from fgl_app.training import MOMENTUM, augment
+from fgl_app.rng import derive_seed, torch_generator
+from fgl_app.training import MOMENTUM, NUMBERS_PER_CROP, augment_by
 
 _IMAGES_AT_A_TIME = 32
 """Each has gradients of its own in memory, as large as the model; a step adds up as many such parts as it needs."""
@@ -31,8 +33,8 @@ def train_privately(
     proximal_mu: float = 0.0,
     noise_multiplier: float,
     clipping_norm: float,
-    generator: torch.Generator,
     device: torch.device,
+    secret: int | None = None,
 ) -> None:
     """Run DP-SGD (Abadi et al. 2016, Algorithm 1) in the place of :func:`clients.local_training.train_locally`.
 
@@ -52,13 +54,15 @@ def train_privately(
         proximal_mu: Weight of FedProx's term; see :func:`clients.local_training.train_locally`.
         noise_multiplier: z >= 0; 0 clips only and protects nothing.
         clipping_norm: C > 0.
-        generator: CPU generator of the crops and of dropout. The draw of images and the noise have none: who knew their
-            seed could take them off again.
         device: Where to train.
+        secret: Seed of the draw, the crops and the noise, which nobody else may know; the run's seed would not do,
+            because the server and the clients know it. None for a new one.
 
     Raises:
-        ConfigError: If Opacus has no gradients of single images for the model.
+        ConfigError: If Opacus has no gradients of single images for the model, or the model draws random numbers.
     """
+    check_draws_nothing(model, "example-dp-noise")
+    secret = secrets.randbits(128) if secret is None else secret
     try:
         wrapped = GradSampleModule(model.to(device).train(), loss_reduction="mean", strict=True)
     except NotImplementedError as error:
@@ -72,7 +76,7 @@ def train_privately(
         noise_multiplier=noise_multiplier,
         max_grad_norm=clipping_norm,
         expected_batch_size=rate * len(data),  # a divisor, which need not be whole
-        generator=torch.Generator(device).manual_seed(secrets.randbits(63)),
+        generator=torch.Generator(device).manual_seed(derive_seed(secret, "noise")),
     )
     anchor = [weight.detach().clone() for weight in model.parameters()]
 
@@ -82,23 +86,45 @@ def train_privately(
             weight.grad.add_(weight.detach() - first, alpha=proximal_mu)
 
     optimizer.attach_step_hook(pull_back)
-    draw = torch.Generator().manual_seed(secrets.randbits(63))
-    with torch.random.fork_rng(devices=[]):
-        torch.random.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-        for _ in range(steps):
-            drawn = torch.nonzero(torch.rand(len(data), generator=draw) < rate).flatten()
-            parts = drawn.split(_IMAGES_AT_A_TIME)
-            for number, rows in enumerate(parts, 1):
-                optimizer.zero_grad(set_to_none=True)
-                if len(rows):
-                    pixels = augment(data.images[rows].to(device), augmentation, generator)
-                    # Opacus 1.6 gives wrong gradients of convolutions, without a word, for channels-last images; its
-                    # hooks on the first layer want images with a gradient.
-                    pixels = pixels.contiguous().requires_grad_()
-                    F.cross_entropy(wrapped(pixels), data.labels[rows].to(device)).backward()
-                else:  # nobody was drawn: a step of noise alone
-                    for weight in model.parameters():  # Opacus keeps its gradients there, beside torch's own
-                        weight.grad_sample = torch.zeros(0, *weight.shape, device=device)  # type: ignore[attr-defined]
-                optimizer.signal_skip_step(do_skip=number < len(parts))
-                optimizer.step()
+    for step in range(steps):
+        drawn, numbers = draw_images(secret, step, len(data), rate)
+        parts = list(zip(drawn.split(_IMAGES_AT_A_TIME), numbers.split(_IMAGES_AT_A_TIME), strict=True))
+        for number, (rows, of_crops) in enumerate(parts, 1):
+            optimizer.zero_grad(set_to_none=True)
+            if len(rows):
+                pixels = augment_by(data.images[rows].to(device), augmentation, of_crops)
+                # Opacus 1.6 gives wrong gradients of convolutions, without a word, for channels-last images; its
+                # hooks on the first layer want images with a gradient.
+                pixels = pixels.contiguous().requires_grad_()
+                F.cross_entropy(wrapped(pixels), data.labels[rows].to(device)).backward()
+            else:  # nobody was drawn: a step of noise alone
+                for weight in model.parameters():  # Opacus keeps its gradients there, beside torch's own
+                    weight.grad_sample = torch.zeros(0, *weight.shape, device=device)  # type: ignore[attr-defined]
+            optimizer.signal_skip_step(do_skip=number < len(parts))
+            optimizer.step()
     wrapped.to_standard_module().to("cpu")
+
+
+def draw_images(secret: int, step: int, num_images: int, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the images of a step, each by itself, and the random numbers of their crops.
+
+    What is drawn for an image depends on the secret, the step and the image's index alone. Amplification by sampling
+    needs that: if whether one image is drawn moved the crops of the others, the sum of the gradients would tell more of
+    it than its own clipped gradient, which is all that the accountant counts.
+
+    Args:
+        secret: What nobody else may know.
+        step: Number of the step.
+        num_images: n.
+        rate: q, the probability of each image.
+
+    Returns:
+        Indices of the drawn images, in order, int64 ``[M]``, and their numbers for
+        :func:`fgl_app.training.augment_by`, float32 ``[M, 5]``.
+    """
+    # One row of numbers for each image, drawn or not. Of a larger set the first rows are the same.
+    numbers = torch.rand(
+        num_images, 1 + NUMBERS_PER_CROP, dtype=torch.float64, generator=torch_generator(secret, "images", step)
+    )
+    drawn = torch.nonzero(numbers[:, 0] < rate).flatten()
+    return drawn, numbers[drawn, 1:].float()

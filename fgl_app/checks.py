@@ -14,7 +14,7 @@ from fgl_app.data.sources import client_rows, load_held_out
 from fgl_app.errors import ConfigError
 from fgl_app.files import checkpoint_file
 from fgl_app.foundation_models import check_model_source, text_shape
-from fgl_app.models import check_all_trained, check_model
+from fgl_app.models import build_model, check_all_trained, check_draws_nothing, check_model
 from fgl_app.phases import initial_arrays
 from fgl_app.prompts import read_blocked_words
 from fgl_app.reporting.trackers import open_trackers
@@ -144,7 +144,10 @@ def _check_private_rounds(settings: Settings, num_classes: int) -> None:
     ):
         if not asked:
             continue
-        check_all_trained(settings.training.model, num_classes, settings.data.image_size, key)
+        name, image_size = settings.training.model, settings.data.image_size
+        check_all_trained(name, num_classes, image_size, key)
+        if key == "example-dp-noise":
+            check_draws_nothing(build_model(name, num_classes, image_size, seed=0), key)
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             raise ConfigError(

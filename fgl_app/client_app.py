@@ -133,12 +133,20 @@ def train(message: Message, settings: Settings, context: Context) -> RecordDict:
     model = _received_model(message, settings, data.class_names)
     config = cast(ConfigRecord, message.content[CONFIG])
     training, privacy = settings.training, settings.privacy
-    train_model: Callable[..., float | None] = functools.partial(train_locally, compiled=training.compile_training)
-    if privacy.example_dp_noise:
+    train_model: Callable[..., float | None]
+    if privacy.example_dp_noise:  # its random numbers are secret, and none is the run's
         from clients.private_training import train_privately  # seconds of import
 
         train_model = functools.partial(
             train_privately, noise_multiplier=privacy.example_dp_noise, clipping_norm=privacy.example_dp_clip
+        )
+    else:
+        train_model = functools.partial(
+            train_locally,
+            compiled=training.compile_training,
+            generator=torch_generator(
+                settings.run.seed, "local-training", cast(int, config["server-round"]), data.partition_id
+            ),
         )
     loss = train_model(
         model,
@@ -148,9 +156,6 @@ def train(message: Message, settings: Settings, context: Context) -> RecordDict:
         learning_rate=training.learning_rate,
         augmentation=training.augmentation,
         proximal_mu=float(cast(float, config.get("proximal-mu", 0.0))),  # sent by Flower's FedProx
-        generator=torch_generator(
-            settings.run.seed, "local-training", cast(int, config["server-round"]), data.partition_id
-        ),
         device=pick_device(settings.run.device),
     )
     return RecordDict(

@@ -87,6 +87,27 @@ def check_all_trained(name: str, num_classes: int, image_size: int, key: str) ->
         )
 
 
+def check_draws_nothing(model: nn.Module, key: str) -> None:
+    """Check that the classifier has no layer that draws random numbers in training, such as dropout.
+
+    Args:
+        model: The classifier.
+        key: Key of the run configuration that wants it so.
+
+    Raises:
+        ConfigError: If it has some: PyTorch draws the masks of a whole batch at once, so that those of one image would
+            depend on which other images are in it.
+    """
+    for layer in model.modules():
+        if getattr(layer, "p", 0) and isinstance(
+            layer, nn.modules.dropout._DropoutNd | torchvision.ops.StochasticDepth
+        ):
+            raise ConfigError(
+                f"`{key}` needs a `model` without dropout, because the gradient of an image must depend on that image "
+                f"alone, but this one has {type(layer).__name__}. Use model=cnn."
+            )
+
+
 def build_model(name: str, num_classes: int, image_size: int, seed: int, *, imagenet: bool = False) -> nn.Module:
     """Build a classifier with random or pretrained weights; the same seed gives the same weights.
 

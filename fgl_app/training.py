@@ -22,6 +22,8 @@ MOMENTUM = 0.9
 """FGL, Appendix: SGD with momentum 0.9 on the server and on the clients."""
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the red, green and blue of ImageNet's pixels, 0 to 1: what torchvision's pretrained weights expect."""
+NUMBERS_PER_CROP = 5
+"""Random numbers that decide how one image is cropped and flipped."""
 _EVALUATION_BATCH = 256
 _CACHED_VALUES = 1 << 20
 """Values of images that a CPU crops at a time, 4 MB."""
@@ -223,8 +225,6 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 def augment(images: torch.Tensor, augmentation: str, generator: torch.Generator) -> torch.Tensor:
     """Normalize, crop 0.75 to 1 of the area at aspect ratios 3/4 to 4/3 (``crop``) and flip (``crop-flip``).
 
-    One ``grid_sample`` draws its own crop for every row; transforms of torchvision would draw one for the whole batch.
-
     Args:
         images: uint8 ``[N, 3, S, S]``.
         augmentation: ``none``, ``crop`` or ``crop-flip``.
@@ -235,7 +235,25 @@ def augment(images: torch.Tensor, augmentation: str, generator: torch.Generator)
     """
     if augmentation == "none":
         return normalize(images)
-    windows = _draw_windows(len(images), augmentation == "crop-flip", generator).to(images.device, non_blocking=True)
+    return augment_by(images, augmentation, torch.rand(NUMBERS_PER_CROP, len(images), generator=generator).T)
+
+
+def augment_by(images: torch.Tensor, augmentation: str, numbers: torch.Tensor) -> torch.Tensor:
+    """Augment each image by random numbers of its own; see :func:`augment`.
+
+    One ``grid_sample`` cuts its own crop of every row; transforms of torchvision would draw one for the whole batch.
+
+    Args:
+        images: uint8 ``[N, 3, S, S]``.
+        augmentation: ``none``, ``crop`` or ``crop-flip``.
+        numbers: Uniform from 0 to 1, float32 ``[N, 5]``: of each image, area, aspect ratio, x, y and whether to flip.
+
+    Returns:
+        float32 ``[N, 3, S, S]``; each row depends on the same row of ``images`` and ``numbers`` alone.
+    """
+    if augmentation == "none":
+        return normalize(images)
+    windows = _windows(numbers, augmentation == "crop-flip").to(images.device, non_blocking=True)
     pixels = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     # A CPU takes half the time where what lies between two steps of a few images stays in its cache.
     rows = len(images) if images.is_cuda else max(1, _CACHED_VALUES // images[0].numel())
@@ -248,17 +266,17 @@ def augment(images: torch.Tensor, augmentation: str, generator: torch.Generator)
     return pixels
 
 
-def _draw_windows(count: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
-    """Draw windows of images, half of them mirrored if ``flip``: middle and extent along x and y, ``[count, 2, 2]``.
+def _windows(numbers: torch.Tensor, flip: bool) -> torch.Tensor:
+    """Return windows of images, half of them mirrored if ``flip``: middle and extent along x and y, ``[N, 2, 2]``.
 
     Coordinates run from -1 to 1; a mirrored window has a negative extent along x.
     """
-    uniform = torch.rand(5, count, generator=generator)
-    area = 0.75 + 0.25 * uniform[0]
-    aspect = torch.exp(math.log(4 / 3) * (2 * uniform[1] - 1))
+    of_area, of_aspect, along_x, along_y, of_flip = numbers.unbind(1)
+    area = 0.75 + 0.25 * of_area
+    aspect = torch.exp(math.log(4 / 3) * (2 * of_aspect - 1))
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    x, y = (2 * uniform[2] - 1) * (1 - width), (2 * uniform[3] - 1) * (1 - height)
-    mirror = torch.where(uniform[4] < 0.5, -1.0, 1.0) if flip else torch.ones(count)
+    x, y = (2 * along_x - 1) * (1 - width), (2 * along_y - 1) * (1 - height)
+    mirror = torch.where(of_flip < 0.5, -1.0, 1.0) if flip else torch.ones(len(numbers))
     return torch.stack([torch.stack([x, width * mirror], 1), torch.stack([y, height], 1)], 1)
 
 

@@ -1,7 +1,11 @@
+import math
+
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 from opacus.accountants import RDPAccountant
+from scipy.stats import norm
 
 from fgl_app.config import parse_run_config
 from fgl_app.privacy.accounting import clients_epsilon, images_epsilon, poisson_schedule
@@ -22,6 +26,50 @@ def test_the_bound_of_dp_sgd_is_that_of_opacus():
     found = images_epsilon(1.1, [500], 3, batch_size=64, local_epochs=4, delta=1e-5)
 
     assert found == pytest.approx(opacus.get_epsilon(1e-5), rel=1e-3)
+
+
+def composed_delta(losses, probabilities, times, epsilon, width=1e-3):
+    """Return delta at epsilon of a mechanism of these privacy losses, used so many times: E[max(0, 1 - e^(epsilon-L))].
+
+    The losses are rounded to a grid and their distribution is convolved with itself.
+    """
+    cells = np.round(losses / width).astype(int)
+    least = cells.min()
+    one = np.bincount(cells - least, probabilities)
+    size = (len(one) - 1) * times + 1
+    total = np.fft.irfft(np.fft.rfft(one, 2 * size) ** times, 2 * size)[:size]
+    of_all = (least * times + np.arange(size)) * width
+    return float((np.clip(total, 0, None) * -np.expm1(np.minimum(0, epsilon - of_all))).sum())
+
+
+def sampled_gaussian_delta(rate, noise, steps, epsilon, moved):
+    """Return delta at epsilon of steps in which an image, drawn with this rate, moves the sum by C.
+
+    Without it the sum moves by ``moved`` C: 0, or -1 where another image stands in its place.
+    """
+    x = np.linspace(-12 * noise - 1, 12 * noise + 1, 400_001)
+    with_it = (1 - rate) * norm.pdf(x, 0, noise) + rate * norm.pdf(x, 1, noise)
+    other = (1 - rate) * norm.pdf(x, 0, noise) + rate * norm.pdf(x, moved, noise)
+    loss = np.log(with_it) - np.log(other)
+    step = x[1] - x[0]
+    return max(
+        composed_delta(loss, with_it * step, steps, epsilon), composed_delta(-loss, other * step, steps, epsilon)
+    )
+
+
+@pytest.mark.parametrize(
+    ("noise", "num_examples", "batch_size", "epochs", "rounds", "delta"),
+    [(1.3, 40, 16, 2, 2, 1e-5), (0.8, 168, 64, 1, 3, 1e-4), (2.5, 500, 50, 1, 1, 1e-6)],
+)
+def test_dp_sgd_is_as_private_as_the_accountant_says(noise, num_examples, batch_size, epochs, rounds, delta):
+    found = images_epsilon(noise, [num_examples], rounds, batch_size=batch_size, local_epochs=epochs, delta=delta)
+
+    steps = rounds * epochs * math.ceil(num_examples / batch_size)
+    at_found, below = (
+        sampled_gaussian_delta(batch_size / num_examples, noise, steps, epsilon, moved=0.0)
+        for epsilon in (found, 0.8 * found)
+    )
+    assert at_found <= delta < below  # a bound, and a tight one
 
 
 def test_the_client_with_the_largest_bound_counts():

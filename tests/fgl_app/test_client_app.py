@@ -40,6 +40,21 @@ def test_training_returns_new_weights_and_the_number_of_images(run_config, setti
     assert first.content["arrays"][name].data == second.content["arrays"][name].data
 
 
+def test_dp_sgd_takes_no_crop_from_the_runs_seed_which_the_server_knows(run_config, settings):
+    private = {"example-dp-noise": 1e-9, "batch-size": 1000, "augmentation": "crop"}  # all images, next to no noise
+    sent = initial_arrays(settings, settings.card.class_names())
+    content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
+
+    first, second = (
+        ask(run_config | private, "train", {"partition-id": 1, "num-partitions": 3}, content).content["arrays"]
+        for _ in range(2)
+    )
+
+    name = "9.weight"
+    apart = first.to_torch_state_dict()[name] - second.to_torch_state_dict()[name]
+    assert apart.abs().max() > 1e-5
+
+
 def ask_site(run_config, message_type, folder, prompt_counts):
     """Ask a site with ten readable and two unreadable images."""
     for name in ("cat", "dog"):

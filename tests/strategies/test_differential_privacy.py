@@ -175,6 +175,7 @@ def test_strategies_that_do_more_than_take_the_mean_are_refused(name):
     [
         ({"client-dp": "fixed", "model": "resnet18", "weighting": "uniform"}, "resnet18 has .*Use model=cnn"),
         ({"example-dp-noise": 1.0, "model": "resnet18"}, "`example-dp-noise` is set.*Use model=cnn"),
+        ({"example-dp-noise": 1.0, "model": "convnext_tiny", "image-size": 32}, "a `model` without dropout"),
         ({"client-dp": "fixed"}, "`weighting` must be uniform"),
         ({"client-dp": "fixed", "weighting": "uniform", "client-dp-noise": 0.0}, "`client-dp-noise` must be > 0"),
         ({"client-dp": "fixed", "weighting": "uniform", "strategy": "FedAdam"}, "Use FedAvg or FedProx"),
