@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import subprocess
@@ -17,33 +15,15 @@ from typing import Any
 from fgl_app.config import default_run_config
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.experiment_reader import load_experiment, read_experiment
-from fgl_app.experiments import (
-    Experiment,
-    Measure,
-    Ordering,
-    Results,
-    Run,
-    accuracies,
-    cumulative_upload,
-    epsilon_of,
-    mean_and_sd,
-    seconds_of,
-    settings_of,
-)
+from fgl_app.experiments import Results, Run, settings_of
 from fgl_app.files import write_atomically
 from fgl_app.phases import resolve
-from fgl_app.reporting.comparison_figures import draw
-from fgl_app.reporting.page import Page, Picture, Section, Table, render
+from fgl_app.reporting.comparison_tables import write_tables
 from fgl_app.reporting.run_folder import IDENTITIES
 from fgl_app.user_files import write_yaml
 
 EXPERIMENT_FILE = "experiment.yaml"
 """Copy of the experiment in the folder of its runs."""
-_MEASURES: Mapping[Measure, str] = {
-    "final_accuracy": "after the last round",
-    "selected_accuracy": "after the round that validation chose",
-    "paper_metric": "best of all rounds on the test set, as the papers report",
-}
 
 
 def compare(
@@ -157,189 +137,6 @@ def _run_all(runs: Sequence[Run], folder: Path, options: Sequence[str], jobs: in
             process.terminate()  # it stops what it started
         for _, process, _ in active.values():
             process.wait()
-
-
-def write_tables(experiment: Experiment, results: Results, folder: Path) -> Path:
-    """Write ``table.md``, ``results.csv``, figures and ``comparison.html`` of what is finished; return the first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = draw(experiment, results)
-    sections = _sections(experiment, results)
-    write_atomically(folder / "results.csv", _csv(experiment, results).encode())
-    for name, content in pictures.items():
-        write_atomically(folder / name, content)
-    write_atomically(folder / "comparison.html", render(_page(experiment, sections, pictures)).encode())
-    path = folder / "table.md"
-    write_atomically(path, _markdown(experiment, sections, pictures).encode())
-    return path
-
-
-def _sections(experiment: Experiment, results: Results) -> list[tuple[str, Table]]:
-    """Build the comparison's tables with their headings; accuracies are mean and standard deviation, in percent."""
-    seeds = f"Mean ± standard deviation over seeds {', '.join(map(str, experiment.seeds))}"
-    head = ["", *experiment.columns]
-    others = [measure for measure in _MEASURES if measure != experiment.measure]
-    sections = []
-    for measure in (experiment.measure, *others):
-        rows = [
-            [row.name, *(_cell(experiment, results, row.name, column, measure) for column in experiment.columns)]
-            for row in experiment.rows
-        ]
-        caption = f"{seeds}; {experiment.num_clients} clients."
-        sections.append((f"Test accuracy {_MEASURES[measure]}, %", Table(caption, head, rows)))
-    if (by_domain := _domain_table(experiment, results, seeds)) is not None:
-        sections.append(("Test accuracy in each domain, %", by_domain))
-    uploads = [
-        [row.name, *(_megabytes(cumulative_upload(experiment, results, row.name, c)) for c in experiment.columns)]
-        for row in experiment.rows
-    ]
-    sections.append(
-        ("Uploaded by all clients together, MB", Table("Whole Flower messages, mean of runs.", head, uploads))
-    )
-    for part in ("prompts", "rounds"):
-        if (epsilons := _epsilon_table(experiment, results, part)) is not None:
-            sections.append((f"ε of the {part}", epsilons))
-    if experiment.orderings:
-        claims = [_ordering(experiment, results, ordering) for ordering in experiment.orderings]
-        caption = "Claims about the means of the first table."
-        sections.append(
-            ("Orderings", Table(caption, ["claim", "above", "below", "margin", "holds"], claims, numbers=False))
-        )
-    return sections
-
-
-def _markdown(experiment: Experiment, sections: Sequence[tuple[str, Table]], pictures: Mapping[str, bytes]) -> str:
-    lines = [f"# {experiment.title}", ""] + ([experiment.about, ""] if experiment.about else [])
-    for heading, table in sections:
-        lines += [
-            f"## {heading}",
-            "",
-            table.caption,
-            "",
-            f"| {' | '.join(table.head)} |",
-            "|---" * len(table.head) + "|",
-        ]
-        lines += [f"| {' | '.join(row)} |" for row in table.rows] + [""]
-    shown = [figure for figure in experiment.figures if f"{figure.name}.png" in pictures]
-    lines += ["## Figures", ""] if shown else []
-    lines += [f"![{figure.title}]({figure.name}.png)" for figure in shown]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _page(experiment: Experiment, sections: Sequence[tuple[str, Table]], pictures: Mapping[str, bytes]) -> Page:
-    figures = [
-        Picture.of_svg(pictures[f"{figure.name}.svg"].decode(), figure.title, figure.title)
-        for figure in experiment.figures
-        if f"{figure.name}.svg" in pictures
-    ]
-    (first, *rest) = [Section(heading, tables=[table]) for heading, table in sections]
-    facts = [
-        ("Data set", str(settings_of(experiment.runs(Path("/"))[0]).card.title)),
-        ("Clients", str(experiment.num_clients)),
-        ("Seeds", ", ".join(map(str, experiment.seeds))),
-    ]
-    shared = [[key, str(value)] for key, value in experiment.shared.items()]
-    own = [[row.name, _words(row.settings)] for row in experiment.rows if row.of is None]
-    conditions = [[name, _words(condition)] for name, condition in experiment.columns.items()]
-    return Page(
-        title=experiment.title,
-        notice="",
-        facts=facts,
-        sections=[
-            Section("What is compared", [experiment.about] if experiment.about else []),
-            first,
-            Section("Figures", pictures=figures),
-            *rest,
-            Section(
-                "Configuration",
-                tables=[
-                    Table("All runs", ["key", "value"], shared, numbers=False),
-                    Table("Methods", ["row", "settings"], own, numbers=False),
-                    Table("Conditions", ["column", "settings"], conditions, numbers=False),
-                ],
-                folded=True,
-            ),
-        ],
-    )
-
-
-def _words(settings: Mapping[str, object]) -> str:
-    return " ".join(f"{key}={value}" for key, value in settings.items())
-
-
-def _megabytes(upload: float | None) -> str:
-    return "—" if upload is None else f"{upload / 1e6:,.4g}"
-
-
-def _cell(experiment: Experiment, results: Results, row: str, column: str, measure: Measure) -> str:
-    values = accuracies(experiment, results, row, column, measure)
-    if not values:
-        return "—"
-    missing = "" if len(values) == len(experiment.seeds) else f" ({len(values)} of {len(experiment.seeds)} seeds)"
-    return _mean_and_sd(values) + missing
-
-
-def _mean_and_sd(values: Sequence[float]) -> str:
-    mean, sd = mean_and_sd(values)
-    return f"{100 * mean:.1f} ± {100 * sd:.1f}"
-
-
-def _domain_table(experiment: Experiment, results: Results, seeds: str) -> Table | None:
-    """Build the accuracies in each domain, over all images (micro) and as the mean of the domains (macro)."""
-    rows: list[list[str]] = []
-    domains: list[str] = []
-    for column in experiment.columns:
-        for row in experiment.rows:
-            owner, own_column, server_round = experiment.cell(row.name, column)
-            index = -1 if server_round is None else server_round - 1
-            shown = [item["rounds"][index] for item in results.get((owner, own_column), [])]
-            if not shown or "domain_accuracy" not in shown[0]:
-                continue
-            domains = list(shown[0]["domain_accuracy"])
-            cells = [[float(line["domain_accuracy"][name]) for line in shown] for name in domains]
-            cells += [[float(line[key]) for line in shown] for key in ("accuracy", "accuracy_macro")]
-            rows.append([f"{row.name}, {column}", *map(_mean_and_sd, cells)])
-    return Table(f"{seeds}.", ["", *domains, "micro", "macro"], rows) if rows else None
-
-
-def _epsilon_table(experiment: Experiment, results: Results, part: str) -> Table | None:
-    """Build the epsilons of the runs whose prompts, or rounds, have differential privacy; None without any."""
-    rows = []
-    for row in experiment.rows:
-        found = [epsilon_of(experiment, results, row.name, column, part) for column in experiment.columns]
-        if any(value is not None for value in found):
-            rows.append([row.name, *("—" if value is None else f"{value:.2f}" for value in found)])
-    caption = "Of one image, or else of one client; each run's results.json says what it hides, and at which delta."
-    return Table(caption, ["", *experiment.columns], rows) if rows else None
-
-
-def _ordering(experiment: Experiment, results: Results, ordering: Ordering) -> list[str]:
-    cells = [accuracies(experiment, results, *cell) for cell in (ordering.larger, ordering.smaller)]
-    if not all(cells):
-        return [ordering.name, "", "", "", "not run"]
-    above, below = (mean_and_sd(values)[0] for values in cells)
-    return [
-        ordering.name,
-        f"{', '.join(ordering.larger)}: {100 * above:.1f}",
-        f"{', '.join(ordering.smaller)}: {100 * below:.1f}",
-        f"{100 * ordering.margin:g}",
-        "yes" if above - below > ordering.margin else "**no**",
-    ]
-
-
-def _csv(experiment: Experiment, results: Results) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    fields = ["final_accuracy", "selected_accuracy", "paper_metric", "one_shot_accuracy"]
-    writer.writerow(["row", "column", "seed", *fields, "rounds", "upload_bytes", "seconds", "images_drawn"])
-    for (row, column), found in results.items():
-        for item in found:
-            synthesis = item["synthesis"] or {}
-            writer.writerow(
-                [row, column, item["seed"], *(item[name] for name in fields), len(item["rounds"]),
-                 item["upload_bytes"]["total"], sum(map(seconds_of, item["rounds"])),
-                 synthesis.get("images", 0)]
-            )  # fmt: skip
-    return text.getvalue()
 
 
 def _by_cell(runs: Sequence[Run], finished: Mapping[str, Mapping[str, Any] | None]) -> Results:

@@ -6,12 +6,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from fgl_app.comparison import compare, typed, write_tables
+from fgl_app.comparison import compare, typed
 from fgl_app.config import APP_FOLDER
 from fgl_app.errors import ConfigError
 from fgl_app.experiment_reader import load_experiment, read_experiment
 from fgl_app.experiments import accuracies, epsilon_of, mean_and_sd
 from fgl_app.reporting.comparison_figures import _column_points, _round_points, draw
+from fgl_app.reporting.comparison_tables import write_tables
 from fgl_app.simulation import _value
 from fgl_app.user_files import write_yaml
 
