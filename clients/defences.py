@@ -14,7 +14,8 @@ import numpy as np
 from fgl_app.errors import ConfigError
 from fgl_app.privacy.lexicon import Lexicon, load_lexicon
 from fgl_app.privacy.prompt_leaks import find_leaks
-from fgl_app.prompts import PromptCount
+from fgl_app.prompts import PromptCount, printable, visible
+from fgl_app.user_files import read_user_text
 
 CaptionFilter = Callable[[str], str]
 _TOKEN = re.compile(r"\w+(?:['’-]\w+)*")
@@ -77,21 +78,30 @@ def cut_words(caption: str, max_words: int) -> str:
 
 
 def read_vocabulary(path: str) -> frozenset[str]:
-    """Read a list of words, one per line, in lower case.
+    """Read a list of words, in the form in which :func:`allow_words` meets the words of captions.
 
     Raises:
-        ConfigError: If the file cannot be read or holds none.
+        ConfigError: If the file cannot be read, holds no words, or one that could never be a word of a caption.
     """
     try:
-        words = frozenset(Path(path).expanduser().read_text("utf-8").lower().split())
+        lines = read_user_text(Path(path).expanduser()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"`caption-vocabulary` must be a text file with one word per line on every client, but {path!r} cannot be "
-            f"read ({type(error).__name__})."
+            f"`caption-vocabulary` must be a text file in UTF-8 with one word per line on every client, but {path!r} "
+            f"cannot be read ({type(error).__name__})."
         ) from None
+    words = set()
+    for number, line in enumerate(lines, 1):
+        for word in map(visible, map(printable, line.split())):
+            if not _TOKEN.fullmatch(word):
+                raise ConfigError(
+                    f"{path!r}, line {number}: `caption-vocabulary` must hold words of letters and digits, with "
+                    f"apostrophes or hyphens only inside, but {word!r} can never be a word of a caption."
+                )
+            words.add(word.lower())
     if not words:
         raise ConfigError(f"`caption-vocabulary` must hold words, but {path!r} is empty. Leave it empty for any word.")
-    return words
+    return frozenset(words)
 
 
 def withhold_counts(prompts: Sequence[PromptCount]) -> list[PromptCount]:

@@ -59,6 +59,7 @@ def simulate(
     chosen = dict(overrides) | {"num-clients": num_clients}
     settings = parse_run_config(default_run_config() | chosen)
     check_client_gpus(settings.run, client_gpus)
+    from clients.defences import read_vocabulary
     from fgl_app.checks import check_settings  # seconds of import, which a misspelt key does not wait for
 
     check_settings(settings)
@@ -66,6 +67,8 @@ def simulate(
         check_model_source(
             "captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json", tiny.CAPTIONER
         )
+        if settings.privacy.caption_vocabulary:
+            read_vocabulary(settings.privacy.caption_vocabulary)
     run_config = " ".join(f"{key}={_toml(value)}" for key, value in chosen.items())
     federation = (
         f"num-supernodes={num_clients} client-resources-num-cpus={client_cpus} client-resources-num-gpus={client_gpus}"

@@ -23,6 +23,7 @@ from fgl_app.privacy.prompt_leaks import KINDS, NGRAM_WORDS, PromptAudit, audit_
 from fgl_app.prompts import PromptCount
 from fgl_app.reporting.figures import spread
 from fgl_app.settings import Settings
+from fgl_app.user_files import read_user_text
 
 _MAX_EXAMPLES = 200
 """Texts of each kind of finding that are kept."""
@@ -72,7 +73,7 @@ def read_captions(file: Path) -> tuple[list[PromptCount], tuple[str, ...]]:
         Prompts, those of captions with the label 0; and the names of their classes, where the file has them.
     """
     try:
-        text = file.expanduser().read_text("utf-8")
+        text = read_user_text(file.expanduser())
     except (OSError, UnicodeDecodeError) as error:
         raise RunFolderError(
             f"{str(file)!r} must be a text file of captions or prompts, but cannot be read ({type(error).__name__})."

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from fgl_app.errors import ConfigError
-from fgl_app.prompts.writing import is_printable, visible
+from fgl_app.prompts.writing import comparable, is_printable, printable
+from fgl_app.user_files import read_user_text
 
 MAX_NAME_CHARS = 100
 """Longest name of a class or a domain, characters."""
@@ -81,9 +83,11 @@ def screen_prompts(
             reason = "an empty or too long prompt"
         elif not all(map(is_printable, found.class_name + found.prompt + found.domain)):
             reason = "characters that control the output or change its direction"
-        elif not unicodedata.is_normalized("NFKC", text := f"{found.class_name}\n{found.prompt}"):
+        elif not unicodedata.is_normalized("NFKC", f"{found.class_name}\n{found.prompt}"):
             reason = "text that is not in Unicode's normal form NFKC"
-        elif blocked is not None and blocked.search(visible(found.prompt if class_names else text)):
+        elif blocked is not None and any(
+            blocked.search(comparable(text)) for text in (found.prompt, *(() if class_names else (found.class_name,)))
+        ):
             reason = "a blocked word"
         elif embeddings is not None and found.prompt not in embeddings:
             reason = "a prompt without its embedding"
@@ -102,18 +106,35 @@ def read_blocked_words(value: str) -> tuple[str, ...]:
     """Return the words of ``blocked-words``: separated by commas, or the lines of a file by its absolute path.
 
     Raises:
-        ConfigError: If the file cannot be read.
+        ConfigError: If the file cannot be read, or a word could never be found in a prompt.
     """
     if not value.startswith(("/", "~")):
-        return tuple(word.strip() for word in value.split(",") if word.strip())
+        if value.endswith(".txt"):
+            raise ConfigError(f"`blocked-words` must name a file by its absolute path, but is {value!r}.")
+        return tuple(_findable(word, "`blocked-words`") for word in value.split(",") if word.strip())
+    path = Path(value).expanduser()
     try:
-        lines = Path(value).expanduser().read_text("utf-8").splitlines()
+        lines = read_user_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"`blocked-words` must be words separated by commas, or a text file with one word or phrase per line, but "
-            f'{value!r} cannot be read ({type(error).__name__}). Use for example "".'
+            f"`blocked-words` must be words separated by commas, or a text file in UTF-8 with one word or phrase per "
+            f'line, but {value!r} cannot be read ({type(error).__name__}). Use for example "".'
         ) from None
-    return tuple(line.strip() for line in lines if line.strip())
+    return tuple(
+        _findable(line, f"{value!r}, line {number} of `blocked-words`,")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    )
+
+
+def _findable(word: str, where: str) -> str:
+    """Return a word in the form that is searched for, if a prompt that is nothing but this word would be found."""
+    form = comparable(word)
+    if not form or not cast(re.Pattern[str], _pattern([form])).search(comparable(printable(word))):
+        raise ConfigError(
+            f"{where} must hold words that a prompt can hold, but {word!r} can never be found. Correct or remove it."
+        )
+    return form
 
 
 def _read_row(row: object) -> NamedPrompt | None:
@@ -136,5 +157,4 @@ def _read_row(row: object) -> NamedPrompt | None:
 def _pattern(words: Sequence[str]) -> re.Pattern[str] | None:
     if not words:
         return None
-    normal = (re.escape(unicodedata.normalize("NFKC", word)) for word in words)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(normal)})(?!\w)", re.IGNORECASE)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(comparable(word)) for word in words)})(?!\w)")

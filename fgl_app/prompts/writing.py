@@ -101,6 +101,12 @@ def visible(text: str) -> str:
     return _UNSEEN.sub("", text)
 
 
+def comparable(text: str) -> str:
+    """Return the form in which words are compared: NFKC, nothing that nobody sees, single blanks, no case."""
+    seen = visible(unicodedata.normalize("NFKC", text))
+    return " ".join(unicodedata.normalize("NFKC", seen.casefold()).split())
+
+
 def is_printable(character: str) -> bool:
     """Return whether a prompt may hold this character.
 

@@ -82,6 +82,29 @@ def test_words_outside_the_vocabulary_are_removed(tmp_path):
         read_vocabulary(str(tmp_path / "none.txt"))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffA\ncat\non\nsofa",
+        "\ufeffa\r\nCAT\r\n on \r\nsofa\r\n",
+        "a c\u200dat o\u00adn\u00a0ｓｏｆａ",
+        "a cat on sofa " + "w" * 2_000,
+    ],
+)
+def test_a_vocabulary_is_read_however_it_was_saved(tmp_path, content):
+    (tmp_path / "words.txt").write_bytes(content.encode())
+
+    assert allow_words("A striped cat on a sofa", read_vocabulary(str(tmp_path / "words.txt"))) == "A cat on a sofa"
+
+
+@pytest.mark.parametrize("word", ["sofa,", "U.S.", "#colours", "--", "\u200b", "a/b"])
+def test_a_word_that_no_caption_can_hold_is_named_with_file_and_line(tmp_path, word):
+    (tmp_path / "words.txt").write_text(f"cat\n{word}\n", "utf-8")
+
+    with pytest.raises(ConfigError, match=r"words.txt', line 2: `caption-vocabulary` must hold words of letters"):
+        read_vocabulary(str(tmp_path / "words.txt"))
+
+
 def test_captions_are_cut_behind_a_number_of_words():
     assert cut_words("one two three", 2) == "one two"
     assert cut_words("one two three", 0) == "one two three"

@@ -280,6 +280,16 @@ def test_plain_lines_and_prompts_are_captions_too(tmp_path):
     assert content["images_per_class"] == {"0": 2, "3": 4}
 
 
+def test_a_byte_order_mark_is_no_part_of_a_client_s_captions(tmp_path):
+    file = tmp_path / "captions.txt"
+    rows = {"prompts": [["cat", 2, "a cat", ""]]}
+
+    file.write_text("a dog\n", "utf-8-sig")
+    assert read_captions(file) == ([PromptCount(0, "a dog", 1)], ())
+    file.write_text(json.dumps(rows), "utf-8-sig")
+    assert read_captions(file) == ([PromptCount(0, "a cat", 2)], ("cat",))
+
+
 @pytest.mark.parametrize("told", ['"label": "cat"', '"label": null', '"label": -1', '"count": 0', '"count": "many"'])
 def test_a_label_or_a_count_that_is_no_number_is_named_by_its_line(tmp_path, told):
     file = tmp_path / "prompts.jsonl"

@@ -129,6 +129,62 @@ def test_blocked_words_come_from_the_setting_or_a_file(tmp_path):
         read_blocked_words(str(tmp_path / "none.txt"))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffsecret plan\nother",  # Windows' Notepad
+        "\ufeffsecret plan\r\nother\r\n",
+        "other\n\ufeffsecret plan\n",  # two files put together
+        "sec\u200dret\u00a0plan\t\n",
+        "SECRET   plan ",
+        "ｓｅｃｒｅｔ plan",  # full width
+    ],
+)
+def test_a_blocked_word_is_found_however_its_file_was_saved(tmp_path, content):
+    (tmp_path / "words.txt").write_bytes(content.encode())
+    limits = PromptLimits(9, 99, read_blocked_words(str(tmp_path / "words.txt")))
+
+    kept, refused = screen_prompts(
+        [["cat", 1, f"the {text}, again"] for text in SPELLINGS], limits, class_names=["cat"]
+    )
+
+    assert (kept, refused) == ([], {"a blocked word": len(SPELLINGS)})
+
+
+SPELLINGS = ["secret plan", "Secret Plan", "secret  plan", "sec\u200dret plan", "secret\ufe0f plan"]
+
+
+@pytest.mark.parametrize(("word", "written"), [("Straße", "STRASSE"), ("ﬁne", "fine"), ("ΌΣΟΣ", "όσος")])
+def test_case_is_that_of_unicode(word, written):
+    kept, _ = screen_prompts([["cat", 1, written]], PromptLimits(9, 99, (word,)), class_names=["cat"])
+
+    assert kept == []
+
+
+def test_words_of_class_and_prompt_are_not_read_as_one_phrase():
+    kept, _ = screen_prompts([["plan", 1, "a secret"], ["secret", 1, "plan"]], LIMITS)
+
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("word", ["\u200b", "bell\x07", "x" * 2_000, "private \ue000"])
+def test_a_word_that_no_prompt_can_hold_is_named_with_file_and_line(tmp_path, word):
+    (tmp_path / "words.txt").write_text(f"one\n\n{word}\n", "utf-8")
+
+    with pytest.raises(ConfigError, match=r"words.txt', line 3 of `blocked-words`, .*can never be found"):
+        read_blocked_words(str(tmp_path / "words.txt"))
+
+
+@pytest.mark.parametrize("content", ["secret".encode("utf-16"), "ärger".encode("latin-1")])
+def test_words_that_are_not_utf_8_are_refused(tmp_path, content):
+    (tmp_path / "words.txt").write_bytes(content)
+
+    with pytest.raises(ConfigError, match=r"`blocked-words` must be .*UTF-8"):
+        read_blocked_words(str(tmp_path / "words.txt"))
+    with pytest.raises(ConfigError, match="`blocked-words` must name a file by its absolute path"):
+        read_blocked_words("words.txt")
+
+
 def counts(clients):
     return [[item.count for item in prompts] for prompts in clients]
 
