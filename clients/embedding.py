@@ -96,14 +96,16 @@ def embed_prompts(
     Args:
         prompts: Distinct prompts of the client.
         encoder: The generator's text encoder.
-        summary: ``none`` sends the embedding of each prompt; ``mean`` one mean per class and domain, weighted by the
-            prompts' counts; ``clusters`` the centres of k-means per class and domain.
+        summary: ``none`` sends the embedding of each prompt, with noise that of each image; ``mean`` one mean per class
+            and domain, weighted by the prompts' counts; ``clusters`` the centres of k-means per class and domain.
         num_clusters: k, at most; a class with fewer prompts has fewer.
         clip_norm: C: each prompt's embedding, as one vector, is scaled to at most this Euclidean norm; 0 for none.
-        epsilon: Epsilon of the Gaussian mechanism; 0 for no noise. It protects the content of one image's prompt:
-            replacing it moves its embedding by at most 2 C, and a mean over n images by 2 C / n. Noise of that standard
-            deviation, times the multiplier that an accountant finds for (epsilon, delta), is added to every entry
-            (Dwork & Roth 2014, Appendix A). Class, number of prompts and counts are not hidden by it.
+        epsilon: Epsilon of the Gaussian mechanism; 0 for no noise. It protects what the prompt of one image says:
+            replacing it by any other of the same class and domain moves that image's embedding by at most 2 C, and a
+            mean over n images by 2 C / n. Noise of that standard deviation, times the multiplier that an accountant
+            finds for (epsilon, delta), is added to every entry (Dwork & Roth 2014, Appendix A). How many images each
+            class and domain has is not hidden by it. How many of them share a prompt is: each image has a row with
+            noise of its own, and the rows are in the order of their names, which derive from what was noised.
         delta: Delta of the mechanism.
         seed: Seed of k-means. The noise has none: who knew its seed could take it off again.
 
@@ -135,9 +137,9 @@ def embed_prompts(
             name = embedding_name(half)
             embeddings[name] = half
             named[label, name, domain] += count  # long prompts that differ behind the context's end are one
-    return [
-        PromptCount(label, name, count, domain) for (label, name, domain), count in sorted(named.items())
-    ], embeddings
+    return [PromptCount(label, name, count, domain) for (label, name, domain), count in sorted(named.items())], dict(
+        sorted(embeddings.items())
+    )
 
 
 def calibrated_multiplier(epsilon: float, delta: float) -> float:
@@ -182,8 +184,8 @@ def _summarised(
     # Repeated end tokens make a clipped embedding longer: it is clipped again at its full length.
     stacked = torch.stack([_clipped(row, clip_norm) for row in stacked])
     counts = np.array([count for _, count in members])
-    if summary == "none":
-        return [(row, int(count), 2 * clip_norm) for row, count in zip(stacked, counts, strict=True)]
+    if summary == "none":  # a row for each distinct prompt would tell how many images share one
+        return [(row, 1, 2 * clip_norm) for row in stacked.repeat_interleave(torch.from_numpy(counts), 0)]
     if summary == "mean":
         weights = torch.from_numpy(counts / counts.sum()).float()
         return [(torch.einsum("m,mtd->td", weights, stacked), int(counts.sum()), 2 * clip_norm / int(counts.sum()))]

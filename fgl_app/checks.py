@@ -17,6 +17,7 @@ from fgl_app.foundation_models import check_model_source, text_shape
 from fgl_app.models import build_model, check_all_trained, check_draws_nothing, check_model
 from fgl_app.phases import initial_arrays
 from fgl_app.prompts import read_blocked_words
+from fgl_app.records import check_embeddings_fit
 from fgl_app.reporting.trackers import open_trackers
 from fgl_app.settings import Settings
 from fgl_app.synthesis.plan import UNIT_SIZE
@@ -102,7 +103,10 @@ def check_settings(settings: Settings) -> Settings:
     if not settings.own_folders:
         load_held_out(settings.card, settings.data, settings.run.seed)
         if settings.run.method != "centralized":
-            client_rows(settings.card, settings.data, settings.run.num_clients, settings.run.seed)
+            rows = client_rows(settings.card, settings.data, settings.run.num_clients, settings.run.seed)
+            if prompts.noises_each_image and settings.synthesizes:
+                shape = text_shape(synthesis.generator, synthesis.generator_revision)
+                check_embeddings_fit(max(map(len, rows)), *shape, settings.policy.max_prompts_per_client)
     inner_strategy(settings)  # the last, because Flower's strategies log what they were told
     return settings
 

@@ -31,7 +31,7 @@ from fgl_app.config import parse_run_config
 from fgl_app.data.sources import ClientData, load_client_data
 from fgl_app.errors import DataError, FGLError, PromptError
 from fgl_app.files import canonical_json, sha256
-from fgl_app.foundation_models import identity_of
+from fgl_app.foundation_models import identity_of, text_shape
 from fgl_app.models import build_model, from_arrays, to_arrays
 from fgl_app.privacy.prompt_leaks import public_words
 from fgl_app.prompts import PromptCount, class_prompts
@@ -42,6 +42,7 @@ from fgl_app.records import (
     CONFIG,
     METRICS,
     Upload,
+    check_embeddings_fit,
     client_record,
     evaluation_metrics,
     prompts_reply,
@@ -98,6 +99,9 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
     data = _data(message, settings, context)
     by_caption = settings.prompts.prompt_level != "class"
     called = settings.card.prompt_names(data.class_names)
+    if settings.prompts.noises_each_image:
+        shape = text_shape(settings.synthesis.generator, settings.synthesis.generator_revision)
+        check_embeddings_fit(len(data.train), *shape, settings.policy.max_prompts_per_client)
     written = write_prompts(
         data.train,
         called,

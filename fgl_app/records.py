@@ -17,7 +17,7 @@ from flwr.common.serde import array_to_proto, recorddict_to_proto
 from flwr.common.serde_utils import metadata_to_proto
 from safetensors.torch import load, save
 
-from fgl_app.errors import PromptError
+from fgl_app.errors import ConfigError, PromptError
 from fgl_app.files import sha256
 from fgl_app.prompts import NamedPrompt, PromptCount
 from fgl_app.training import Evaluation
@@ -37,6 +37,8 @@ CLASS_NAMES = "class-names"
 
 MAX_PAYLOAD_BYTES = 32 * 2**20
 """Largest decompressed payload of one client."""
+_HEADER_BYTES = 160
+"""Most bytes that safetensors needs for the name, type, shape and place of one embedding."""
 _TOKENS_OF_ROW = 8
 """Strings, brackets and commas of one row of prompts that has a domain."""
 _MIN_TOKENS = 1_000_000
@@ -190,6 +192,27 @@ def embeddings_of(message: Message, length: int, width: int) -> tuple[dict[str, 
     if any(name != embedding_name(tensor) for name, tensor in tensors.items()):
         raise PromptError("A client's embedding must have the name that its content gives it, but one has another.")
     return tensors, len(packed)
+
+
+def check_embeddings_fit(num_images: int, length: int, width: int, max_prompts: int) -> None:
+    """Check that a client can upload an embedding for each of its images, as it does where they are noised singly.
+
+    Args:
+        num_images: Training images of the client.
+        length: L of the generator's text encoder.
+        width: D of it.
+        max_prompts: Prompts that the server accepts of one client.
+
+    Raises:
+        ConfigError: If they are too many.
+    """
+    most = min(max_prompts, MAX_PAYLOAD_BYTES // (2 * length * width + _HEADER_BYTES))
+    if num_images > most:
+        raise ConfigError(
+            f"A client sends one noised embedding for each image where `embedding-epsilon` is set and "
+            f"`embedding-summary` is none: with this `generator` and `max-prompts-per-client` at most {most} can be "
+            f"sent, but one has {num_images} images. Use embedding-summary=mean."
+        )
 
 
 def embedding_name(embedding: torch.Tensor) -> str:

@@ -98,15 +98,22 @@ class PromptSettings:
     prompt_writer_revision: str
     """Git revision of a hub id; empty for the newest."""
     embedding_summary: Literal["none", "mean", "clusters"]
-    """What a client sends of its embeddings: each, one mean per class, or centres of clusters per class."""
+    """What a client sends of its embeddings: each, or with noise one for each image, one mean per class, or centres of
+    clusters per class."""
     embedding_clusters: int
     """Centres per class."""
     embedding_clip: float
     """Largest norm of one embedding; 0 for no clipping."""
     embedding_epsilon: float
-    """Epsilon of the Gaussian mechanism on embeddings; 0 for no noise."""
+    """Epsilon of the Gaussian mechanism on embeddings, for replacing the prompt of one image by another of its class;
+    0 for no noise."""
     embedding_delta: float
     """Delta of the Gaussian mechanism."""
+
+    @property
+    def noises_each_image(self) -> bool:
+        """Whether each image has a noised embedding of its own: one for each prompt would tell which are equal."""
+        return self.prompt_level == "embedding" and self.embedding_summary == "none" and self.embedding_epsilon > 0
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,19 @@
+import itertools
+import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save
+from scipy.stats import norm
 
 from clients.embedding import TextEncoder, calibrated_multiplier, embed_prompts
+from fgl_app.checks import check_settings
+from fgl_app.config import parse_run_config
 from fgl_app.errors import ConfigError, ModelError
 from fgl_app.prompts import PromptBudget, PromptCount
-from fgl_app.records import embedding_name
+from fgl_app.records import check_embeddings_fit, embedding_name
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import load_generator
 from fgl_app.synthesis.plan import DrawSettings, Plan, Unit
@@ -99,10 +106,83 @@ def test_noise_hides_the_length_even_beside_a_prompt_that_fills_the_context(enco
     assert {len(tensor) for tensor in embeddings.values()} == {encoder.context_length}
 
 
+def test_noised_embeddings_do_not_tell_how_many_images_share_a_prompt(encoder):
+    two, three = PromptCount(0, "zero", 2), PromptCount(0, "zero", 3)
+    other = PromptCount(0, "a photo of a handwritten zero", 1)
+
+    equal, different = (embed(encoder, prompts, clip_norm=1.0, epsilon=2.0) for prompts in ([three], [two, other]))
+
+    for named, embeddings in (equal, different):
+        assert [(item.label, item.count) for item in named] == [(0, 1)] * 3
+        assert {tuple(tensor.shape) for tensor in embeddings.values()} == {(encoder.context_length, 64)}
+        # The order is that of the noised contents, whatever the order of the prompts.
+        assert [item.prompt for item in named] == list(embeddings) == sorted(embeddings)
+    assert len(save(equal[1])) == len(save(different[1]))
+
+
+class Axes:
+    """An encoder of single tokens: each text is a direction of its own, or the opposite of one."""
+
+    context_length = 1
+    width = 200_000
+
+    def __call__(self, texts):
+        return [self.vector(text)[None] for text in texts]
+
+    def vector(self, text):
+        vector = torch.zeros(self.width)
+        vector["ab".find(text[-1])] = -5.0 if text.startswith("-") else 5.0
+        return vector
+
+
+@pytest.mark.parametrize(
+    ("summary", "count", "epsilon", "delta"), [("none", 2, 0.7, 1e-6), ("mean", 3, 3.0, 1e-5), ("none", 3, 12.0, 1e-4)]
+)
+def test_replacing_a_prompt_in_any_small_set_is_as_private_as_it_should_be(summary, count, epsilon, delta):
+    clip, encoder, texts = 0.5, Axes(), ("a", "-a", "b", "-b")
+
+    def released(images):
+        """What is noised, by hand: a row for each image, or their mean."""
+        rows = torch.stack([encoder.vector(text)[:2] * clip / 5 for text in images])
+        return rows if summary == "none" else rows.mean(0, keepdim=True)
+
+    moved = max(
+        float((released((*others, first)) - released((*others, second))).norm())
+        for others in itertools.combinations_with_replacement(texts, count - 1)
+        for first, second in itertools.permutations(texts, 2)
+    )
+    prompts = [PromptCount(0, text, number) for text, number in Counter(("a", "b", "b", "-b")[:count]).items()]
+    named, embeddings = embed(encoder, prompts, summary=summary, clip_norm=clip, epsilon=epsilon, delta=delta)
+    # All but the first two entries are noise alone.
+    sd = torch.cat([tensor[:, 2:].float().flatten() for tensor in embeddings.values()]).std()
+    s = float(sd) / moved
+
+    # Balle & Wang 2018, Theorem 8.
+    exact = norm.cdf(1 / (2 * s) - epsilon * s) - math.exp(epsilon) * norm.cdf(-1 / (2 * s) - epsilon * s)
+    assert exact == pytest.approx(delta, rel=0.15)  # as sharp as the measured deviation
+    assert [item.count for item in named] == ([1] * count if summary == "none" else [count])
+
+
+def test_more_noised_embeddings_than_can_be_sent_are_refused_before_any_caption_is_written(run_config):
+    private = {"prompt-level": "embedding", "embedding-clip": 10.0, "embedding-epsilon": 8.0}
+    few = run_config | private | {"max-prompts-per-client": 100}
+
+    with pytest.raises(ConfigError, match=r"at most 100 can be sent, but one has \d+ images.*embedding-summary=mean"):
+        check_settings(parse_run_config(few))
+    # 2 x 77 x 768 bytes each: 283 fill the 32 MiB that a client may upload.
+    check_embeddings_fit(283, 77, 768, 100_000)
+    with pytest.raises(ConfigError, match="at most 283 can be sent"):
+        check_embeddings_fit(284, 77, 768, 100_000)
+
+
+def test_as_many_noised_embeddings_as_fit_are_accepted():
+    embeddings = {embedding_name(row): row for row in torch.randn(2000, 1, 8).half()}
+
+    assert len(save(embeddings)) < len(embeddings) * (2 * 8 + 160)
+
+
 def test_the_accountant_agrees_with_the_bound_of_the_gaussian_mechanism():
     # Balle & Wang 2018, Theorem 8: delta = Phi(1/(2s) - e s) - exp(e) Phi(-1/(2s) - e s) for sensitivity 1.
-    from scipy.stats import norm
-
     epsilon, delta = 1.0, 1e-5
     s = calibrated_multiplier(epsilon, delta)
     exact = norm.cdf(1 / (2 * s) - epsilon * s) - 2.718281828459045**epsilon * norm.cdf(-1 / (2 * s) - epsilon * s)

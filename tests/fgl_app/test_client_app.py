@@ -41,7 +41,7 @@ def test_training_returns_new_weights_and_the_number_of_images(run_config, setti
 
 
 def test_dp_sgd_takes_no_crop_from_the_runs_seed_which_the_server_knows(run_config, settings):
-    private = {"example-dp-noise": 1e-9, "batch-size": 1000, "augmentation": "crop"}  # all images, next to no noise
+    private = {"example-dp-noise": 1e-9, "batch-size": 1000, "augmentation": "crop", "learning-rate": 1.0}
     sent = initial_arrays(settings, settings.card.class_names())
     content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
 
@@ -52,7 +52,7 @@ def test_dp_sgd_takes_no_crop_from_the_runs_seed_which_the_server_knows(run_conf
 
     name = "9.weight"
     apart = first.to_torch_state_dict()[name] - second.to_torch_state_dict()[name]
-    assert apart.abs().max() > 1e-5
+    assert apart.abs().max() > 1e-5  # all images are drawn, with next to no noise: only crops differ
 
 
 def ask_site(run_config, message_type, folder, prompt_counts):
@@ -98,6 +98,15 @@ def test_a_site_of_one_class_takes_part(run_config, tmp_path):
     assert [row[0] for row in decode_prompts(payload_of(prompts))] == ["cat"]
     assert trained.content["metrics"]["num-examples"] == 4
     assert evaluated.content["metrics"]["accuracy"] in (0.0, 1.0)
+
+
+def test_a_client_with_too_many_images_for_an_embedding_each_says_so_before_it_loads_a_captioner(run_config, tmp_path):
+    settings = run_config | {
+        "prompt-level": "embedding", "embedding-clip": 1.0, "embedding-epsilon": 1.0, "max-prompts-per-client": 5,
+    }  # fmt: skip
+    node = {"partition-id": 0, "num-partitions": 3, "captioner": str(tmp_path / "none")}
+
+    assert ask(settings, "query.prompts", node).error.code == 101  # 103 is that of models that cannot be loaded
 
 
 def test_a_failure_reaches_the_server_as_a_code_without_private_names(run_config, tmp_path, caplog):
