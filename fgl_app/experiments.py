@@ -13,7 +13,7 @@ from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.files import checkpoint_file
 from fgl_app.settings import RunConfigValue, Settings
 
-Measure = Literal["final_accuracy", "selected_accuracy", "paper_metric"]
+Measure = Literal["final_accuracy", "selected_accuracy", "paper_metric", "validation_accuracy"]
 FigureKind = Literal["bars", "by-round", "by-upload", "by-seconds", "by-column", "by-epsilon"]
 Results = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """``results.json`` of every finished run of a row and column, in the order of the seeds."""
@@ -54,14 +54,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Ordering:
-    """A claim of the paper: one mean is above another by some margin."""
+    """A claim of the paper: one accuracy is above another by some margin."""
 
     name: str
     larger: tuple[str, str]
     """Row and column."""
     smaller: tuple[str, str]
     margin: float
-    """Least difference of the means, in points of accuracy, 0 to 1; negative for "not worse by more than"."""
+    """Least mean difference between runs of the same seed, 0 to 1; negative for "not worse by more than"."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,24 @@ def accuracies(
     experiment: Experiment, results: Results, row: str, column: str, measure: Measure | None = None
 ) -> list[float]:
     """Return a cell's accuracy of each finished seed, 0 to 1."""
+    return list(accuracy_by_seed(experiment, results, row, column, measure).values())
+
+
+def accuracy_by_seed(
+    experiment: Experiment, results: Results, row: str, column: str, measure: Measure | None = None
+) -> dict[int, float]:
+    """Return a cell's accuracy, 0 to 1, by the seed of each finished run."""
     owner, own_column, server_round = experiment.cell(row, column)
-    found = results.get((owner, own_column), [])
-    if server_round is not None:  # an earlier round of a longer run: all measures are that round's accuracy
-        return [float(item["rounds"][server_round - 1]["accuracy"]) for item in found]
-    return [float(item[measure or experiment.measure]) for item in found]
+    chosen = measure or experiment.measure
+
+    def of(item: Mapping[str, Any]) -> float:
+        if chosen == "validation_accuracy":
+            return float(item["rounds"][-1 if server_round is None else server_round - 1]["validation_accuracy"])
+        if server_round is not None:  # an earlier round of a longer run: the other measures are its test accuracy
+            return float(item["rounds"][server_round - 1]["accuracy"])
+        return float(item[chosen])
+
+    return {int(item["seed"]): of(item) for item in results.get((owner, own_column), [])}
 
 
 def epsilon_of(experiment: Experiment, results: Results, row: str, column: str, part: str) -> float | None:

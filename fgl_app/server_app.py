@@ -161,6 +161,7 @@ class Session:
             prompt_round=self.prompt_round,
             synthesis=self.synthesis,
             seconds=self.stopwatch.seconds,
+            held_out=None if self.settings.own_folders else self._held_out(),
         )
 
     def _held_out(self) -> HeldOut:

@@ -53,7 +53,7 @@ def _bars(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
     axis.set_xticks(range(len(figure.columns)), list(figure.columns))
     if figure.x_label:
         axis.set_xlabel(figure.x_label)
-    _finish(canvas, axis, figure)
+    _finish(canvas, axis, figure, experiment.measure == "validation_accuracy")
     return canvas
 
 
@@ -92,7 +92,7 @@ def _curves(experiment: Experiment, results: Results, figure: Figure) -> Canvas:
         if len(panels) > 1:
             axis.set_title(columns[0], fontsize=10)
         axis.grid(alpha=0.3)
-    _finish(canvas, axes[0], figure, titled=len(panels) == 1)
+    _finish(canvas, axes[0], figure, experiment.measure == "validation_accuracy", titled=len(panels) == 1)
     if len(panels) > 1:
         canvas.suptitle(figure.title, fontsize=11)
     return canvas
@@ -122,9 +122,9 @@ def _round_points(experiment: Experiment, results: Results, row: str, column: st
     found = [item["rounds"][:last] for item in results.get((owner, own_column), [])]
     if not found:
         return np.empty((0, 3))
-    points = []
+    points, chosen = [], "validation_accuracy" if experiment.measure == "validation_accuracy" else "accuracy"
     for index in range(min(map(len, found))):
-        values = [float(rounds[index]["accuracy"]) for rounds in found]
+        values = [float(rounds[index][chosen]) for rounds in found]
         x = float(np.mean([_x(rounds, index, kind) for rounds in found]))
         mean, sd = mean_and_sd(values)
         points.append((x, 100 * mean, 100 * sd))
@@ -140,8 +140,8 @@ def _x(rounds: Sequence[Mapping[str, Any]], index: int, kind: str) -> float:
     return float(done[-1]["round"])
 
 
-def _finish(canvas: Canvas, axis: Axes, figure: Figure, titled: bool = True) -> None:
-    axis.set_ylabel("test accuracy, %")
+def _finish(canvas: Canvas, axis: Axes, figure: Figure, validation: bool, titled: bool = True) -> None:
+    axis.set_ylabel("validation accuracy, %" if validation else "test accuracy, %")
     axis.set_ylim(0, 105)
     axis.set_yticks(range(0, 101, 20))
     axis.grid(axis="y", alpha=0.3)

@@ -13,6 +13,7 @@ from fgl_app.experiments import (
     Ordering,
     Results,
     accuracies,
+    accuracy_by_seed,
     cumulative_upload,
     epsilon_of,
     mean_and_sd,
@@ -20,13 +21,15 @@ from fgl_app.experiments import (
     settings_of,
 )
 from fgl_app.files import write_atomically
+from fgl_app.intervals import Interval, of_mean
 from fgl_app.reporting.comparison_figures import draw
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
 
 _MEASURES: Mapping[Measure, str] = {
-    "final_accuracy": "after the last round",
-    "selected_accuracy": "after the round that validation chose",
-    "paper_metric": "best of all rounds on the test set, as the papers report",
+    "final_accuracy": "Test accuracy after the last round, %",
+    "selected_accuracy": "Test accuracy after the round that validation chose, %",
+    "paper_metric": "Test accuracy best of all rounds on the test set, as the papers report, %",
+    "validation_accuracy": "Validation accuracy after the last round, %",
 }
 
 
@@ -46,18 +49,21 @@ def write_tables(experiment: Experiment, results: Results, folder: Path) -> Path
 
 def _sections(experiment: Experiment, results: Results) -> list[tuple[str, Table]]:
     """Build the comparison's tables with their headings; accuracies are mean and standard deviation, in percent."""
-    seeds = f"Mean ± standard deviation over seeds {', '.join(map(str, experiment.seeds))}"
+    caption = _caption(experiment, results)
     head = ["", *experiment.columns]
-    others = [measure for measure in _MEASURES if measure != experiment.measure]
+    others = [measure for measure in _MEASURES if measure not in (experiment.measure, "validation_accuracy")]
+    if experiment.measure == "validation_accuracy":
+        others = []  # what is chosen by validation must not be seen with its test accuracy
     sections = []
     for measure in (experiment.measure, *others):
         rows = [
             [row.name, *(_cell(experiment, results, row.name, column, measure) for column in experiment.columns)]
             for row in experiment.rows
         ]
-        caption = f"{seeds}; {experiment.num_clients} clients."
-        sections.append((f"Test accuracy {_MEASURES[measure]}, %", Table(caption, head, rows)))
-    if (by_domain := _domain_table(experiment, results, seeds)) is not None:
+        sections.append((_MEASURES[measure], Table(caption, head, rows)))
+    if (differences := _difference_table(experiment, results)) is not None:
+        sections.append((f"Difference from {experiment.rows[0].name}, points", differences))
+    if (by_domain := _domain_table(experiment, results, caption)) is not None:
         sections.append(("Test accuracy in each domain, %", by_domain))
     uploads = [
         [row.name, *(_megabytes(cumulative_upload(experiment, results, row.name, c)) for c in experiment.columns)]
@@ -71,10 +77,8 @@ def _sections(experiment: Experiment, results: Results) -> list[tuple[str, Table
             sections.append((f"ε of the {part}", epsilons))
     if experiment.orderings:
         claims = [_ordering(experiment, results, ordering) for ordering in experiment.orderings]
-        caption = "Claims about the means of the first table."
-        sections.append(
-            ("Orderings", Table(caption, ["claim", "above", "below", "margin", "holds"], claims, numbers=False))
-        )
+        columns = ["claim", "above", "below", "difference, points", "margin", "holds"]
+        sections.append(("Orderings", Table(_ORDERINGS, columns, claims, numbers=False)))
     return sections
 
 
@@ -154,7 +158,7 @@ def _mean_and_sd(values: Sequence[float]) -> str:
     return f"{100 * mean:.1f} ± {100 * sd:.1f}"
 
 
-def _domain_table(experiment: Experiment, results: Results, seeds: str) -> Table | None:
+def _domain_table(experiment: Experiment, results: Results, caption: str) -> Table | None:
     """Build the accuracies in each domain, over all images (micro) and as the mean of the domains (macro)."""
     rows: list[list[str]] = []
     domains: list[str] = []
@@ -169,7 +173,7 @@ def _domain_table(experiment: Experiment, results: Results, seeds: str) -> Table
             cells = [[float(line["domain_accuracy"][name]) for line in shown] for name in domains]
             cells += [[float(line[key]) for line in shown] for key in ("accuracy", "accuracy_macro")]
             rows.append([f"{row.name}, {column}", *map(_mean_and_sd, cells)])
-    return Table(f"{seeds}.", ["", *domains, "micro", "macro"], rows) if rows else None
+    return Table(caption, ["", *domains, "micro", "macro"], rows) if rows else None
 
 
 def _epsilon_table(experiment: Experiment, results: Results, part: str) -> Table | None:
@@ -183,30 +187,109 @@ def _epsilon_table(experiment: Experiment, results: Results, part: str) -> Table
     return Table(caption, ["", *experiment.columns], rows) if rows else None
 
 
+def _caption(experiment: Experiment, results: Results) -> str:
+    """Say over how many seeds and images a mean is, and what differs between the seeds."""
+    runs = [item for of_cell in results.values() for item in of_cell]
+    key = "num_validation_images" if experiment.measure == "validation_accuracy" else "num_test_images"
+    sizes = sorted({int(item[key]) for item in runs if item.get(key)})
+    held_out = "validation" if experiment.measure == "validation_accuracy" else "test"
+    images = f" {' or '.join(f'{size:,}' for size in sizes)} {held_out} images;" if sizes else ""
+    if len(experiment.seeds) == 1:
+        return f"One seed, {experiment.seeds[0]};{images} {experiment.num_clients} clients."
+    chosen = [settings_of(run) for run in experiment.runs(Path("/")) if run.seed == experiment.seeds[0]]
+    card = chosen[0].card
+    parts = ["training", *(["validation"] if card.validation else []), *(["test"] if card.test else [])]
+    varied = [f"the division of the images into {' and '.join(parts)}"] if len(parts) > 1 else []
+    if any(settings.data.max_train_images for settings in chosen):
+        varied.append("the choice of the training images")
+    if any(settings.data.partition != "domain" for settings in chosen):
+        varied.append("the partition over the clients")
+    varied += ["the first weights", "the batches"]
+    if any(settings.synthesizes for settings in chosen):
+        varied.append("the noise of the synthetic images")
+    fixed = ["the generator"] if any(settings.synthesizes for settings in chosen) else []
+    fixed += [] if card.test else ["the test images"]
+    seeds = ", ".join(map(str, experiment.seeds))
+    same = f"; {' and '.join(fixed)} {'are' if fixed[-1].endswith('images') else 'is'} the same" if fixed else ""
+    return (
+        f"Mean ± standard deviation over seeds {seeds};{images} {experiment.num_clients} clients. The seed varies "
+        f"{', '.join(varied[:-1])} and {varied[-1]}{same}."
+    )
+
+
+_ASSUMPTION = (
+    "Differences are between runs of the same seed, which share test images, partition and first weights; in brackets "
+    "Student's 95 % interval of their mean, which takes them for independent and about normal."
+)
+_ORDERINGS = (
+    f"Claims about the first table. {_ASSUMPTION} A claim holds if the whole interval is above the margin, fails if it "
+    "is below, and is open otherwise."
+)
+
+
+def _differences(
+    experiment: Experiment, results: Results, larger: tuple[str, str], smaller: tuple[str, str]
+) -> list[float]:
+    """Return how far one cell is above another, for each seed that both have."""
+    first, second = (accuracy_by_seed(experiment, results, *cell) for cell in (larger, smaller))
+    return [first[seed] - second[seed] for seed in first if seed in second]
+
+
+def _difference_table(experiment: Experiment, results: Results) -> Table | None:
+    """Build the paired differences of all rows from the first; None for one row, one seed or another experiment."""
+    reference, *others = (row.name for row in experiment.rows)
+    if not others or len(experiment.seeds) < 2 or experiment.measure == "validation_accuracy":
+        return None
+    rows = []
+    for name in others:
+        cells = []
+        for column in experiment.columns:
+            found = _differences(experiment, results, (name, column), (reference, column))
+            cells.append(_signed(of_mean(found)) if len(found) > 1 else "—")
+        rows.append([name, *cells])
+    return Table(f"{_ASSUMPTION} Of the first table.", ["", *experiment.columns], rows)
+
+
+def _signed(found: Interval) -> str:
+    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
 def _ordering(experiment: Experiment, results: Results, ordering: Ordering) -> list[str]:
     cells = [accuracies(experiment, results, *cell) for cell in (ordering.larger, ordering.smaller)]
-    if not all(cells):
-        return [ordering.name, "", "", "", "not run"]
+    found = _differences(experiment, results, ordering.larger, ordering.smaller)
+    if not found:
+        return [ordering.name, "", "", "", "", "not run"]
     above, below = (mean_and_sd(values)[0] for values in cells)
+    difference = of_mean(found) if len(found) > 1 else None
     return [
         ordering.name,
         f"{', '.join(ordering.larger)}: {100 * above:.1f}",
         f"{', '.join(ordering.smaller)}: {100 * below:.1f}",
+        f"{100 * found[0]:+.1f}" if difference is None else _signed(difference),
         f"{100 * ordering.margin:g}",
-        "yes" if above - below > ordering.margin else "**no**",
+        "one seed" if difference is None else _verdict(difference, ordering.margin),
     ]
+
+
+def _verdict(found: Interval, margin: float) -> str:
+    if found.low > margin:
+        return "yes"
+    return "**no**" if found.high <= margin else "open"
 
 
 def _csv(experiment: Experiment, results: Results) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     fields = ["final_accuracy", "selected_accuracy", "paper_metric", "one_shot_accuracy"]
-    writer.writerow(["row", "column", "seed", *fields, "rounds", "upload_bytes", "seconds", "images_drawn"])
+    writer.writerow(
+        ["row", "column", "seed", *fields, "validation_accuracy", "rounds", "upload_bytes", "seconds", "images_drawn"]
+    )
     for (row, column), found in results.items():
         for item in found:
             synthesis = item["synthesis"] or {}
             writer.writerow(
-                [row, column, item["seed"], *(item[name] for name in fields), len(item["rounds"]),
+                [row, column, item["seed"], *(item[name] for name in fields),
+                 item["rounds"][-1]["validation_accuracy"], len(item["rounds"]),
                  item["upload_bytes"]["total"], sum(map(seconds_of, item["rounds"])),
                  synthesis.get("images", 0)]
             )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fgl_app.data.images import HeldOut
 from fgl_app.reporting.guarantees import privacy_statement
 from fgl_app.settings import Settings
 from fgl_app.synthesis.launch import SynthesisReport
@@ -18,6 +19,7 @@ def summarize(
     prompt_round: Mapping[str, Any] | None,
     synthesis: SynthesisReport | None,
     seconds: Mapping[str, float],
+    held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """Build the content of ``results.json``.
 
@@ -34,6 +36,7 @@ def summarize(
             prompts, ``payload`` and whole ``message``, and of ``all_messages``; None if no client was asked.
         synthesis: What the synthesis phase did; None if this start needed none.
         seconds: Wall-clock seconds of each phase of this start.
+        held_out: The common validation and test images; None where every client tests on images of its own.
     """
     selected = max(rounds, key=lambda row: (row["validation_accuracy"], -row["round"]))
     model_bytes = [row["model_upload_bytes"] for row in rounds if row["model_upload_bytes"]]
@@ -47,6 +50,8 @@ def summarize(
         "dirichlet_beta": settings.data.dirichlet_beta if dirichlet else None,
         "seed": settings.run.seed,
         "num_clients": settings.run.num_clients,
+        "num_validation_images": None if held_out is None else len(held_out.validation),
+        "num_test_images": None if held_out is None else len(held_out.test),
         "rounds": [dict(row) for row in rounds],
         "final_accuracy": rounds[-1]["accuracy"],
         "selected_accuracy": selected["accuracy"],

@@ -13,15 +13,19 @@ from safetensors.torch import save_file
 from fgl_app.audit.material import all_real_images, open_material
 from fgl_app.cards import load_card
 from fgl_app.checks import check_settings
+from fgl_app.comparison import report_comparison
 from fgl_app.config import parse_run_config
 from fgl_app.data.division import divide
 from fgl_app.data.readers import open_part
 from fgl_app.data.sources import load_client_data, load_held_out, load_split
 from fgl_app.errors import ConfigError, DataError, RunFolderError
+from fgl_app.experiment_reader import load_experiment
+from fgl_app.experiments import settings_of
 from fgl_app.files import checkpoint_file
 from fgl_app.models import build_model
 from fgl_app.phases import resolve
 from fgl_app.reporting.finished_run import class_counts, held_out_images, read_run
+from fgl_app.reporting.results import summarize
 from fgl_app.reporting.run_folder import RunFolder
 
 SEEDS = (0, 1, 100)
@@ -127,6 +131,39 @@ def test_a_run_that_was_divided_otherwise_is_not_resumed_audited_or_shown_with_o
     for show in (lambda: class_counts(run, 3), lambda: held_out_images(run, 8)):
         with pytest.raises(DataError, match="held out other images"):
             show()
+
+
+def test_a_table_does_not_mix_runs_that_were_divided_otherwise(tmp_path):
+    (tmp_path / "experiment.yaml").write_text(
+        "{title: One, clients: 2, seeds: [0], settings: {num-server-rounds: 1, method: fedavg},"
+        " rows: {FedAvg: {}}, columns: {all: {}}}"
+    )
+    (run,) = load_experiment(tmp_path / "experiment.yaml").runs(tmp_path)
+    settings = settings_of(run)
+    folder = RunFolder(settings, resolve(settings))
+    folder.write_results(
+        {"seed": 0, "final_accuracy": 0.5, "selected_accuracy": 0.5, "paper_metric": 0.5, "one_shot_accuracy": None,
+         "synthesis": None, "privacy": None, "upload_bytes": {"total": 1},
+         "rounds": [{"accuracy": 0.5, "validation_accuracy": 0.5, "upload_bytes": 1, "seconds": 1.0}]}
+    )  # fmt: skip
+    report_comparison(tmp_path)
+
+    of_an_earlier_version(folder.path)
+
+    with pytest.raises(ConfigError, match="one table must not mix the two"):
+        report_comparison(tmp_path)
+
+
+def test_results_tell_how_many_images_measured_them(settings):
+    held_out = load_held_out(settings.card, settings.data, 3)
+    row = {"round": 1, "phase": "federated", "accuracy": 0.5, "loss": 1.0, "validation_accuracy": 0.5,
+           "model_upload_bytes": 0, "upload_bytes": 0}  # fmt: skip
+    parts = {"releases": [], "prompt_round": None, "synthesis": None, "seconds": {}}
+
+    partitioned, own = (summarize(settings, [row], **parts, held_out=each) for each in (held_out, None))
+
+    assert (partitioned["num_validation_images"], partitioned["num_test_images"]) == (120, 240)
+    assert (own["num_validation_images"], own["num_test_images"]) == (None, None)
 
 
 def test_weights_that_may_have_seen_this_seeds_test_images_are_refused(make_run, run_config):
