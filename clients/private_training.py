@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from opacus import GradSampleModule
@@ -15,7 +16,7 @@ from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError
 from fgl_app.models import check_draws_nothing
 from fgl_app.privacy.accounting import poisson_schedule
-from fgl_app.rng import derive_seed, torch_generator
+from fgl_app.rng import secret_generator
 from fgl_app.training import MOMENTUM, NUMBERS_PER_CROP, augment_by
 
 _IMAGES_AT_A_TIME = 32
@@ -71,21 +72,24 @@ def train_privately(
             f"{' '.join(str(error).split())[:200]}. Use model=cnn."
         ) from None
     rate, steps = poisson_schedule(len(data), batch_size, local_epochs)
+    expected = rate * len(data)
     optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY),
-        noise_multiplier=noise_multiplier,
+        noise_multiplier=0.0,  # Opacus's noise comes from a generator of PyTorch; see `secret_generator`
         max_grad_norm=clipping_norm,
-        expected_batch_size=rate * len(data),  # a divisor, which need not be whole
-        generator=torch.Generator(device).manual_seed(derive_seed(secret, "noise")),
+        expected_batch_size=expected,  # a divisor, which need not be whole
     )
     anchor = [weight.detach().clone() for weight in model.parameters()]
+    source = secret_generator(secret, "noise")
 
-    def pull_back(step: DPOptimizer) -> None:
+    def add_noise(step: DPOptimizer) -> None:
         for weight, first in zip(model.parameters(), anchor, strict=True):
             assert weight.grad is not None
+            noise = torch.from_numpy(source.standard_normal(weight.shape, dtype=np.float32))
+            weight.grad.add_(noise.to(device), alpha=noise_multiplier * clipping_norm / expected)
             weight.grad.add_(weight.detach() - first, alpha=proximal_mu)
 
-    optimizer.attach_step_hook(pull_back)
+    optimizer.attach_step_hook(add_noise)
     for step in range(steps):
         drawn, numbers = draw_images(secret, step, len(data), rate)
         parts = list(zip(drawn.split(_IMAGES_AT_A_TIME), numbers.split(_IMAGES_AT_A_TIME), strict=True))
@@ -123,8 +127,6 @@ def draw_images(secret: int, step: int, num_images: int, rate: float) -> tuple[t
         :func:`fgl_app.training.augment_by`, float32 ``[M, 5]``.
     """
     # One row of numbers for each image, drawn or not. Of a larger set the first rows are the same.
-    numbers = torch.rand(
-        num_images, 1 + NUMBERS_PER_CROP, dtype=torch.float64, generator=torch_generator(secret, "images", step)
-    )
+    numbers = torch.from_numpy(secret_generator(secret, "images", step).random((num_images, 1 + NUMBERS_PER_CROP)))
     drawn = torch.nonzero(numbers[:, 0] < rate).flatten()
     return drawn, numbers[drawn, 1:].float()

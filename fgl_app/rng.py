@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ def derive_seed(seed: int, *scope: str | int) -> int:
     Returns:
         A seed in 0 to 2**63 - 1: the first eight bytes of the SHA-256 of seed and scope.
     """
-    text = "\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in scope)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(_digest(seed, scope)[:8], "big") >> 1
 
 
 def torch_generator(seed: int, *scope: str | int) -> torch.Generator:
@@ -30,3 +30,21 @@ def torch_generator(seed: int, *scope: str | int) -> torch.Generator:
 def numpy_generator(seed: int, *scope: str | int) -> np.random.Generator:
     """Return a generator of NumPy for one stream."""
     return np.random.default_rng(derive_seed(seed, *scope))
+
+
+def secret_generator(secret: int, *scope: str | int) -> np.random.Generator:
+    """Return a generator of NumPy for numbers that nobody may guess, such as the noise of differential privacy.
+
+    All 256 bits of the digest seed it. PyTorch's CPU generator keeps 32 bits of its seed: whoever tries all of them
+    finds the noise and takes it off.
+
+    Args:
+        secret: At least 128 random bits of the operating system.
+        scope: As in :func:`derive_seed`.
+    """
+    return np.random.default_rng(int.from_bytes(_digest(secret, scope), "big"))
+
+
+def _digest(seed: int, scope: Iterable[str | int]) -> bytes:
+    text = "\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in scope)])
+    return hashlib.sha256(text.encode()).digest()

@@ -15,6 +15,7 @@ from clients.private_training import draw_images, train_privately
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import ConfigError
 from fgl_app.models import build_model
+from fgl_app.rng import derive_seed
 from fgl_app.training import augment, augment_by, normalize
 
 CPU = torch.device("cpu")
@@ -101,6 +102,17 @@ def test_the_noise_has_the_deviation_that_it_should(cnn):
 
     # The noise of each weight is z C / n = 0.15, times the step size; the gradient itself is at most C in all.
     assert float(steps.std()) == pytest.approx(rate * noise * clip / len(data), rel=0.02)
+
+
+def test_the_noise_is_not_one_of_four_billion_that_somebody_may_try(cnn):
+    """A seed of PyTorch's CPU generator counts by its last 32 bits, whatever secret it derives from."""
+    data, secret = noise_images(1, count=10), 2**127 + 12345
+
+    found = moved(cnn, trained(cnn, data, privately=(100.0, 1.0), batch_size=16, secret=secret))
+
+    guessed = torch.Generator().manual_seed(derive_seed(secret, "noise") % 2**32)
+    tried = torch.cat([torch.normal(0.0, 1.0, weight.shape, generator=guessed).flatten() for weight in cnn.parameters()])
+    assert abs(float(torch.corrcoef(torch.stack([tried, found]))[0, 1])) < 0.1
 
 
 def test_noise_draw_and_crops_are_new_each_time(cnn):
