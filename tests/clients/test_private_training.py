@@ -111,7 +111,9 @@ def test_the_noise_is_not_one_of_four_billion_that_somebody_may_try(cnn):
     found = moved(cnn, trained(cnn, data, privately=(100.0, 1.0), batch_size=16, secret=secret))
 
     guessed = torch.Generator().manual_seed(derive_seed(secret, "noise") % 2**32)
-    tried = torch.cat([torch.normal(0.0, 1.0, weight.shape, generator=guessed).flatten() for weight in cnn.parameters()])
+    tried = torch.cat(
+        [torch.normal(0.0, 1.0, weight.shape, generator=guessed).flatten() for weight in cnn.parameters()]
+    )
     assert abs(float(torch.corrcoef(torch.stack([tried, found]))[0, 1])) < 0.1
 
 
