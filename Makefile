@@ -27,7 +27,7 @@ check: $(VENV)/.dev
 $(VENV)/.app: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[audit,privacy]'
+	$(BIN)/python -m pip install --quiet --editable '.[audit,pictures,privacy]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.app

@@ -5,9 +5,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from fgl_app.card_types import Card, CardClass, PromptForm, SourceKind
+from fgl_app.card_types import Card, CardClass, Fit, PromptForm, SourceKind
 from fgl_app.errors import ConfigError
 from fgl_app.user_files import NUMBERS_HINT, Place, read_yaml
 
@@ -39,7 +39,7 @@ class _CardReader:
 
     _KEYS = frozenset({
         "title", "licence", "source", "splits", "public", "validation", "test", "split-seed", "columns", "classes",
-        "domains", "transforms", "native-size", "prompts", "defaults",
+        "domains", "transforms", "fit", "native-size", "prompts", "defaults",
     })  # fmt: skip
 
     def __init__(self, path: Path) -> None:
@@ -92,6 +92,7 @@ class _CardReader:
                 self._transform(("transforms", number), step)
                 for number, step in enumerate(self._list(("transforms",), get("transforms", [])))
             ),
+            fit=self._fit(get("fit", "crop")),
             native_size=self._whole(("native-size",), get("native-size", 224)),
             form=form,
             domain_forms={
@@ -176,6 +177,11 @@ class _CardReader:
                 if name in _TRANSFORMS and type(size) is int and size > 0:
                     return name, size
         raise self._error(place, f"be a step such as `resize: 32` ({', '.join(_TRANSFORMS)}), px, but is {step!r}")
+
+    def _fit(self, value: Any) -> Fit:
+        if value not in get_args(Fit):
+            raise self._error(("fit",), f"be one of {', '.join(get_args(Fit))}, but is {value!r}")
+        return cast(Fit, value)
 
     def _splits(self, kind: SourceKind, value: Any) -> Mapping[str, Any]:
         splits = self._mapping(("splits",), value)

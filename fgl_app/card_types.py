@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Fit = Literal["crop", "pad", "squash"]
 SourceKind = Literal["sklearn", "torchvision", "huggingface", "folder"]
 
 
@@ -75,6 +76,9 @@ class Card:
     """Form of a domain's prompts where it differs from :attr:`form`."""
     defaults: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     """Run-configuration keys that this data set sets where the user leaves them to the card."""
+    fit: Fit = "crop"
+    """How a picture that is not square becomes one: ``crop`` keeps its centre, ``pad`` all of it between black bars,
+    ``squash`` all of it, distorted."""
 
     def digest(self) -> str:
         """Hash of everything that the card says; a run does not go on with another card of the same name."""

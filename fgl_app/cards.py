@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgl_app.card_reader import read_card
-from fgl_app.card_types import Card, CardClass, PromptForm, SourceKind
+from fgl_app.card_types import Card, CardClass, Fit, PromptForm, SourceKind
 from fgl_app.errors import ConfigError
+from fgl_app.image_folders import class_folders
 
-__all__ = ["Card", "CardClass", "PromptForm", "SourceKind", "folder_card", "load_card", "shipped_cards"]
+__all__ = ["Card", "CardClass", "Fit", "PromptForm", "SourceKind", "folder_card", "load_card", "shipped_cards"]
 
 SHIPPED = Path(__file__).resolve().parent / "data" / "cards"
 
@@ -78,7 +79,7 @@ def folder_card(class_names: Sequence[str]) -> Card:
 
 def _card_of(folder: Path) -> Card:
     """Return the card of a folder with one folder of images per class, which is divided over simulated clients."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = class_folders(folder)
     if len(names) < 2:
         raise ConfigError(
             f"`dataset` {str(folder)!r} must hold one folder of images per class, at least two, but holds {len(names)}."

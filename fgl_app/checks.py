@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from logging import WARNING
 from pathlib import Path
 
+from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
 from fgl_app import tiny
+from fgl_app.data.adequacy import check_classes, warnings_of
 from fgl_app.data.division import DIVISION
-from fgl_app.data.sources import client_rows, load_held_out
+from fgl_app.data.sources import client_rows
 from fgl_app.errors import ConfigError
 from fgl_app.files import checkpoint_file
 from fgl_app.foundation_models import check_model_source, text_shape
@@ -101,12 +104,14 @@ def check_settings(settings: Settings) -> Settings:
         if settings.prompts_from_server and prompts.prompt_writer != "templates":
             check_model_source("prompt-writer", prompts.prompt_writer, prompts.prompt_writer_revision, "config.json")
     if not settings.own_folders:
-        load_held_out(settings.card, settings.data, settings.run.seed)
-        if settings.run.method != "centralized":
-            rows = client_rows(settings.card, settings.data, settings.run.num_clients, settings.run.seed)
-            if prompts.noises_each_image and settings.synthesizes:
-                shape = text_shape(synthesis.generator, synthesis.generator_revision)
-                check_embeddings_fit(max(map(len, rows)), *shape, settings.policy.max_prompts_per_client)
+        card, data, run = settings.card, settings.data, settings.run
+        check_classes(card, data, run.seed)
+        for line in warnings_of(card, data, 0 if run.method == "centralized" else run.num_clients, run.seed):
+            log(WARNING, "%s: %s", card.name, line)
+        if prompts.noises_each_image and settings.synthesizes and run.method != "centralized":
+            rows = client_rows(card, data, run.num_clients, run.seed)
+            shape = text_shape(synthesis.generator, synthesis.generator_revision)
+            check_embeddings_fit(max(map(len, rows)), *shape, settings.policy.max_prompts_per_client)
     inner_strategy(settings)  # the last, because Flower's strategies log what they were told
     return settings
 

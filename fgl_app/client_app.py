@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from typing import cast
 
 import numpy as np
@@ -28,6 +28,7 @@ from clients.local_training import evaluate_held_out, train_locally
 from clients.prompting import Captioner, write_prompts
 from fgl_app import tiny
 from fgl_app.config import parse_run_config
+from fgl_app.data.findings import listed
 from fgl_app.data.sources import ClientData, load_client_data
 from fgl_app.errors import DataError, FGLError, PromptError
 from fgl_app.files import canonical_json, sha256
@@ -56,6 +57,8 @@ from fgl_app.training import pick_device
 Handler = Callable[[Message, Settings, Context], RecordDict]
 _CLIPPING = {"client-fixed": fixedclipping_mod, "client-adaptive": adaptiveclipping_mod}
 """Flower's mod for each value of ``client-dp`` that clips updates on the clients."""
+_FOUND = "found"
+"""Record in a node's state of the run: what this client has said of its images."""
 
 
 def answer(handler: Handler) -> Callable[[Message, Context], Message]:
@@ -220,7 +223,22 @@ def _data(message: Message, settings: Settings, context: Context) -> ClientData:
             f"The card {settings.card.name} must list the server's classes in the server's order, but does not. Use "
             "the server's copy of it."
         )
-    return load_client_data(settings.card, settings.data, context.node_config, settings.run.seed, names)
+    data = load_client_data(settings.card, settings.data, context.node_config, settings.run.seed, names)
+    _say_what_was_found(data, context)
+    return data
+
+
+def _say_what_was_found(data: ClientData, context: Context) -> None:
+    """Log what was found where the images lie, once in a run: Flower starts a process for each message."""
+    told = context.state.get(_FOUND)
+    digest = data.findings.digest()
+    if isinstance(told, ConfigRecord) and told.get("digest") == digest:
+        return
+    context.state[_FOUND] = ConfigRecord({"digest": digest})
+    for line in data.findings.lines():
+        log(INFO, "client %s: %s", data.partition_id, line)
+    for line in (*data.findings.warnings(), *listed(data.findings.unreadable)):
+        log(WARNING, "client %s: %s", data.partition_id, line)
 
 
 def _received_model(message: Message, settings: Settings, class_names: Sequence[str]) -> nn.Module:

@@ -63,10 +63,11 @@ def test_what_the_defences_need_is_installed_wherever_the_application_is():
         [sys.executable, "-c", script.replace("\\\n", "")], cwd=APP_FOLDER, capture_output=True, text=True, check=True
     )
 
-    assert done.stdout.split("\n")[:-1] == [*project["dependencies"], *extras["audit"], *extras["privacy"]]
+    needed = ("audit", "pictures", "privacy")
+    assert done.stdout.split("\n")[:-1] == project["dependencies"] + [line for name in needed for line in extras[name]]
     for page in ("Makefile", "examples/deployment/README.md"):
         (installed,) = re.findall(r"pip install.* --editable (?!'\.\[dev)(\S+)", (APP_FOLDER / page).read_text("utf-8"))
-        assert installed.endswith("[audit,privacy]'"), page
+        assert installed.endswith("[audit,pictures,privacy]'"), page
 
 
 def test_the_gate_lets_the_largest_message_of_a_client_through():

@@ -1,19 +1,20 @@
-"""A client's own images: one folder per class, as torchvision's ``ImageFolder`` reads it."""
+"""A client's own images: one folder per class, with images at every depth below it."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from logging import WARNING
 from pathlib import Path
 
 import torch
-from flwr.common.logger import log
-from torchvision.datasets import ImageFolder
 
-from fgl_app.data.images import HeldOut, ImageSet, to_pixels
-from fgl_app.data.readers import Part, open_image
+from fgl_app import image_folders
+from fgl_app.data.decoding import open_picture
+from fgl_app.data.findings import Findings, decode_readable, findings_of
+from fgl_app.data.images import HeldOut, ImageSet
+from fgl_app.data.readers import Part
 from fgl_app.errors import DataError
+from fgl_app.image_folders import describe, find_images, loose_files, total
 from fgl_app.rng import numpy_generator
 
 SPLIT_SEED = 0
@@ -22,18 +23,12 @@ holds while the folder stays as it is: an image that is added or removed divides
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of a folder's sub-folders as classes, hidden ones left out.
+    """Return the classes that a folder's sub-folders are named like.
 
     Raises:
-        DataError: If the folder cannot be read.
+        DataError: If the folder cannot be read, or is divided into train, test and so on.
     """
-    try:
-        entries = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-        return sorted(set(map(_class_of, entries)))
-    except OSError:
-        raise DataError(
-            f"`data-path` must be a folder with one sub-folder per class, but {str(folder)!r} is none."
-        ) from None
+    return sorted(set(map(_class_of, image_folders.class_folders(folder))))
 
 
 def _class_of(name: str) -> str:
@@ -41,7 +36,45 @@ def _class_of(name: str) -> str:
     return unicodedata.normalize("NFKC", name)
 
 
-def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tuple[ImageSet, list[Path]]:
+def open_folder(folder: Path, class_names: Sequence[str]) -> Part:
+    """List all images below ``folder/CLASS NAME/``.
+
+    Args:
+        folder: Folder whose sub-folders are named like classes; classes may be absent.
+        class_names: The run's K classes; a folder's label is its name's index here.
+
+    Raises:
+        DataError: If the folder cannot be read, has a sub-folder that is no class, or holds no image.
+    """
+    folders = image_folders.class_folders(folder)
+    unknown = [name for name in folders if _class_of(name) not in class_names]
+    if unknown:
+        raise DataError(
+            f"Sub-folders of {str(folder)!r} must be named like the classes {', '.join(class_names)}, but "
+            f"{unknown[0]!r} is not. Rename it or add it to `class-names`."
+        )
+    if not folders:
+        raise DataError(f"{str(folder)!r} must hold sub-folders named like {', '.join(class_names)}, but holds none.")
+    found = {name: find_images(folder / name) for name in folders}
+    rows = [(path, class_names.index(_class_of(name))) for name in folders for path in found[name].files]
+    ignored = loose_files(folder)
+    for images in found.values():
+        ignored = total(ignored, images.ignored)
+    if not rows:
+        seen = f"other files only: {describe(ignored)}" if ignored else "none"
+        raise DataError(f"The class folders of {str(folder)!r} must hold images, but hold {seen}.")
+    held = {class_names[label] for _, label in rows}
+    return Part(
+        tuple(label for _, label in rows),
+        None,
+        lambda row: open_picture(rows[row][0]),
+        lambda row: str(rows[row][0]),
+        ignored,
+        {_class_of(name): images.ignored for name, images in found.items() if _class_of(name) not in held},
+    )
+
+
+def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tuple[ImageSet, Findings]:
     """Read all images below ``folder/CLASS NAME/``.
 
     Args:
@@ -50,63 +83,15 @@ def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tu
         image_size: Images are scaled to this shorter side and cropped to the centre square, px.
 
     Returns:
-        The images, and the files that could not be read.
+        The images, and what else was found.
 
     Raises:
         DataError: If the folder cannot be read, has a sub-folder that is no class, or holds no readable image.
     """
-    found = class_folders(folder)
-    unknown = [name for name in found if name not in class_names]
-    if unknown:
-        raise DataError(
-            f"Sub-folders of {str(folder)!r} must be named like the classes {', '.join(class_names)}, but "
-            f"{unknown[0]!r} is not. Rename it or add it to `class-names`."
-        )
-    if not found:
-        raise DataError(f"{str(folder)!r} must hold sub-folders named like {', '.join(class_names)}, but holds none.")
-    listing = ImageFolder(folder, allow_empty=True)
-    rows = [
-        (path, class_names.index(_class_of(listing.classes[local])))
-        for path, local in listing.samples
-        if _class_of(listing.classes[local]) in found  # not of a hidden folder, such as a viewer's thumbnails
-    ]
-    if not rows:
-        raise DataError(f"The class folders of {str(folder)!r} must hold images, but hold none.")
-    part = Part(tuple(label for _, label in rows), None, lambda row: open_image(Path(rows[row][0])))
-    images, unreadable = decode_readable(part, (), image_size)
-    return images, [Path(rows[row][0]) for row in unreadable]
-
-
-def decode_readable(part: Part, transforms: Sequence[tuple[str, int]], image_size: int) -> tuple[ImageSet, list[int]]:
-    """Decode the images of one client, but for those that cannot be read.
-
-    One damaged file must not keep a site out of a federation: it is left out, and reported.
-
-    Args:
-        part: The client's images.
-        transforms: The card's steps before an image is scaled to ``image_size``.
-        image_size: Side of the images, px.
-
-    Returns:
-        The readable images, without domains, and the rows of the others.
-
-    Raises:
-        DataError: If no image is readable.
-    """
-    images, labels, damage = [], [], {}
-    for row, label in enumerate(part.labels):
-        try:
-            images.append(to_pixels(part.image(row), transforms, image_size))
-            labels.append(label)
-        except DataError as error:
-            damage[row] = str(error)
-    if not images:
-        raise DataError(
-            f"At least one of a client's images must be readable, but none of {len(damage)} is. The first: {damage[0]}"
-        )
-    for reason in damage.values():
-        log(WARNING, "left out: %s", reason)
-    return ImageSet(torch.stack(images), torch.tensor(labels, dtype=torch.int64)), list(damage)
+    part = open_folder(folder, class_names)
+    rows = range(len(part.labels))
+    images, unreadable = decode_readable(part, rows, (), image_size, "crop")
+    return images, findings_of(images, part, rows, class_names, unreadable)
 
 
 def split_folder(data: ImageSet) -> tuple[ImageSet, HeldOut]:

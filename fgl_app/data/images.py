@@ -9,6 +9,8 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
+from fgl_app.data.decoding import to_rgb
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -57,21 +59,45 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     return resized
 
 
-def to_pixels(picture: Image.Image, transforms: Sequence[tuple[str, int]], image_size: int) -> torch.Tensor:
+def to_pixels(
+    picture: Image.Image, transforms: Sequence[tuple[str, int]], image_size: int, fit: str = "crop"
+) -> torch.Tensor:
     """Turn a picture of any size and mode into uint8 ``[3, image_size, image_size]``.
 
     Args:
-        picture: As its library decoded it.
+        picture: As its library decoded it; :mod:`fgl_app.data.decoding` says what becomes of its mode.
         transforms: The card's steps: ``resize`` (shorter side), ``pad`` (each side, with zeros), ``center-crop``; px.
-        image_size: The picture is scaled to this shorter side and cropped to the centre square, px.
+        image_size: Side of the square, px.
+        fit: How a picture that is not square becomes one. ``crop``: its shorter side is scaled to ``image_size`` and
+            the centre square is kept; ``pad``: its longer side is scaled, and black fills what is missing on both
+            sides; ``squash``: both sides are scaled, each by its own factor.
     """
-    pixels = TF.pil_to_tensor(picture.convert("RGB"))
+    pixels = TF.pil_to_tensor(to_rgb(picture))
     for name, size in transforms:
         if name == "resize":
-            pixels = TF.resize(pixels, [size], antialias=True)
+            pixels = TF.resize(_not_too_long(pixels), [size], antialias=True)
         elif name == "pad":
             pixels = TF.pad(pixels, [size])
         else:
             pixels = TF.center_crop(pixels, [size, size])
-    square: torch.Tensor = TF.center_crop(TF.resize(pixels, [image_size], antialias=True), [image_size, image_size])
+    if fit == "crop":
+        pixels = TF.resize(_not_too_long(pixels), [image_size], antialias=True)
+    else:
+        longer = max(pixels.shape[-2:])
+        sides = [max(1, round(side * image_size / longer)) for side in pixels.shape[-2:]]
+        pixels = TF.resize(pixels, sides if fit == "pad" else [image_size, image_size], antialias=True)
+    square: torch.Tensor = TF.center_crop(pixels, [image_size, image_size])  # which pads with zeros what is smaller
     return square
+
+
+_LONGEST = 8
+"""A longer side of more than so many shorter ones is cut at both ends before the shorter one is scaled: 20,000 px of
+one row, a file of 138 bytes, would become 20,000 times as many pixels as the square that is kept."""
+
+
+def _not_too_long(pixels: torch.Tensor) -> torch.Tensor:
+    height, width = pixels.shape[-2:]
+    longest = _LONGEST * min(height, width)
+    return (
+        pixels if max(height, width) <= longest else TF.center_crop(pixels, [min(height, longest), min(width, longest)])
+    )

@@ -7,9 +7,8 @@ on request, so that a client decodes only the images that it holds.
 from __future__ import annotations
 
 import gzip
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from fgl_app.cards import Card
+from fgl_app.data.decoding import open_picture
 from fgl_app.errors import DataError
 from fgl_app.files import cache_folder, canonical_json, sha256, write_atomically
-
-_IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's
+from fgl_app.image_folders import describe, find_images, loose_files, total
 
 
 @dataclass(frozen=True, eq=False)  # opened once and known by identity
@@ -32,7 +31,13 @@ class Part:
     domains: tuple[int, ...] | None
     """Domain of each image, 0 to D - 1; None for a data set of one domain."""
     image: Callable[[int], Image.Image]
-    """Decodes image number i."""
+    """Decodes image number i; any error means that it cannot be read."""
+    name: Callable[[int], str] = "row {}".format
+    """Names image number i for people: its path, or its row in the source."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Number of files that are no images, by reason; of folders only."""
+    empty_classes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Classes that have a folder, but no image in it: what is passed over in it, by reason."""
 
 
 def open_part(card: Card, name: str, data_dir: str) -> Part:
@@ -96,7 +101,10 @@ def _open_torchvision(card: Card, split: Any, folder: Path | None) -> Part:
             f"{card.title} must lie in {str(root)!r} or be downloaded by torchvision, but neither works "
             f"({type(error).__name__}: {' '.join(str(error).split())}). Set `data-dir` to a folder that holds it."
         ) from None
-    return _choose(card, _torchvision_labels(dataset), None, lambda row: dataset[row][0])
+    labels = _torchvision_labels(dataset)
+    if getattr(dataset, "loader", None) is not None:  # of data sets that are folders of files
+        dataset.loader = open_picture
+    return _choose(card, labels, None, lambda row: dataset[row][0])
 
 
 def _torchvision_labels(dataset: Any) -> list[int]:
@@ -162,22 +170,31 @@ def _open_folder(card: Card, split: Any, folder: Path | None) -> Part:
     if folder is None and not card.locator:
         raise DataError(f"`data-dir` must be the folder of {card.title}, but is empty.")
     root = (folder or Path(card.locator)) / split
-    domains: Sequence[str] = card.domains or ("",)
-    rows: list[tuple[Path, int | str, int]] = []
-    for number, domain in enumerate(domains):
-        for item in card.classes:
+    rows: list[tuple[Path, int, int]] = []
+    ignored: Mapping[str, int] = {}
+    of_classes: dict[int, Mapping[str, int]] = {}
+    for number, domain in enumerate(card.domains or ("",)):
+        if (root / domain).is_dir():
+            ignored = total(ignored, loose_files(root / domain))
+        for label, item in enumerate(card.classes):
             below = root / domain / str(item.source_id)
-            names = sorted(os.listdir(below)) if below.is_dir() else []
-            rows += [
-                (below / name, item.source_id, number) for name in names if Path(name).suffix.lower() in _IMAGE_ENDINGS
-            ]
+            if below.is_dir():
+                found = find_images(below)
+                rows += [(path, label, number) for path in found.files]
+                ignored = total(ignored, found.ignored)
+                of_classes[label] = total(of_classes.get(label, {}), found.ignored)
     if not rows:
         layout = "DOMAIN/CLASS" if card.domains else "CLASS"
-        raise DataError(f"{str(root)!r} must hold images as {layout}/NAME.png of the card's classes, but holds none.")
-    return _choose(
-        card, [row[1] for row in rows], [row[2] for row in rows] if card.domains else None,
-        lambda index: open_image(rows[index][0]),
-    )  # fmt: skip
+        seen = f"other files only: {describe(ignored)}" if ignored else "none"
+        raise DataError(f"{str(root)!r} must hold images as {layout}/NAME.png of the card's classes, but holds {seen}.")
+    return Part(
+        tuple(row[1] for row in rows),
+        tuple(row[2] for row in rows) if card.domains else None,
+        lambda index: open_picture(rows[index][0]),
+        lambda index: str(rows[index][0]),
+        ignored,
+        {card.classes[label].name: of_classes[label] for label in of_classes.keys() - {row[1] for row in rows}},
+    )
 
 
 def _choose(
@@ -193,24 +210,8 @@ def _choose(
         tuple(labels[source_ids[row]] for row in kept),
         None if domains is None else tuple(domains[row] for row in kept),
         lambda index: image(kept[index]),
+        lambda index: f"row {kept[index]}",
     )
-
-
-def open_image(path: Path) -> Image.Image:
-    """Decode an image file.
-
-    Raises:
-        DataError: If it is no readable image.
-    """
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    # Pillow's decoders share no error: OSError, ValueError, SyntaxError, struct.error, RuntimeError (AVIF),
-    # NotImplementedError (BLP), ... and one damaged file must not keep a site out of a federation.
-    except Exception as error:
-        raise DataError(
-            f"Every image must be readable, but {str(path)!r} is not ({type(error).__name__}). Remove or repair it."
-        ) from None
 
 
 def _unpack_idx(name: str, folder: Path) -> Path:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from logging import WARNING
 from pathlib import Path
 
+import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
+from flwr.common.logger import log
 
 from fgl_app.cards import Card, load_card
-from fgl_app.data.division import divide, private_state
-from fgl_app.data.folder import class_folders, decode_readable, load_folder, split_folder
-from fgl_app.data.images import HeldOut, ImageSet, to_pixels
+from fgl_app.data.decoding import Unreadable
+from fgl_app.data.division import divide, private_state, stratified
+from fgl_app.data.findings import Findings, decode_readable, findings_of, listed
+from fgl_app.data.folder import class_folders, load_folder, split_folder
+from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.data.partition import partition_indices
 from fgl_app.data.readers import Part, open_part
 from fgl_app.errors import DataError
@@ -32,8 +37,13 @@ class ClientData:
     """Its place among the clients, 0 to M - 1."""
     class_names: tuple[str, ...]
     """What the labels count: the card's classes, or the client's own where the label space is not yet known."""
-    num_unreadable: int = 0
-    """Files among its images that could not be read and were left out."""
+    findings: Findings
+    """What was found where its images lie."""
+
+    @property
+    def num_unreadable(self) -> int:
+        """Number of its images that could not be read and were left out."""
+        return len(self.findings.unreadable)
 
 
 def load_client_data(
@@ -62,7 +72,7 @@ def load_client_data(
     if settings.dataset == "folder":
         named = class_names or card.class_names()
         if "card" in node_config:
-            images, num_unreadable, names = _load_own_card(node_config, named, settings)
+            images, findings, names = _load_own_card(node_config, named, settings)
         else:
             path = node_config.get("data-path")
             if not isinstance(path, str):
@@ -71,28 +81,28 @@ def load_client_data(
                 )
             folder = Path(path).expanduser()
             names = tuple(named or class_folders(folder))
-            images, unreadable = load_folder(folder, names, settings.image_size)
-            num_unreadable = len(unreadable)
+            images, findings = load_folder(folder, names, settings.image_size)
         train, held_out = split_folder(images)
-        return ClientData(train, lambda: held_out, partition_id, names, num_unreadable)
+        findings = dataclasses.replace(findings, num_test=len(held_out.test))
+        return ClientData(train, lambda: held_out, partition_id, names, findings)
     num_partitions = node_config.get("num-partitions")
     if not isinstance(num_partitions, int) or not 0 <= partition_id < num_partitions:
         raise DataError(
             f"The node-config must hold partition-id 0 to num-partitions - 1, but holds {partition_id!r} and "
             f"{num_partitions!r}. Use for example --node-config 'partition-id=0 num-partitions=5'."
         )
-    train = _partition(card, settings, num_partitions, partition_id, seed)
-    return ClientData(train, functools.partial(load_held_out, card, settings, seed), partition_id, card.class_names())
+    train, findings = _partition(card, settings, num_partitions, partition_id, seed)
+    common = functools.partial(load_held_out, card, settings, seed)
+    return ClientData(train, common, partition_id, card.class_names(), findings)
 
 
 def _load_own_card(
     node_config: Mapping[str, RunConfigValue], class_names: Sequence[str], settings: DataSettings
-) -> tuple[ImageSet, int, tuple[str, ...]]:
+) -> tuple[ImageSet, Findings, tuple[str, ...]]:
     """Load the training part of a node's own card, whose classes are found in the run's by their names.
 
     Returns:
-        The readable images, the number of unreadable files, and the run's classes, or the card's where the run has
-        none yet.
+        The readable images, what was found, and the run's classes, or the card's where the run has none yet.
     """
     card = load_card(str(node_config["card"]))
     names = tuple(class_names or card.class_names())
@@ -103,21 +113,26 @@ def _load_own_card(
             "Rename it in the card or add it to `class-names`."
         )
     part = _open(card, "train", str(node_config.get("data-path", "")))
-    images, unreadable = decode_readable(part, card.transforms, settings.image_size)
+    rows = range(len(part.labels))
+    images, unreadable = decode_readable(part, rows, card.transforms, settings.image_size, card.fit)
     numbers = torch.tensor([names.index(name) for name in card.class_names()])
-    return ImageSet(images.images, numbers[images.labels]), len(unreadable), names
+    findings = findings_of(images, part, rows, card.class_names(), unreadable)
+    return ImageSet(images.images, numbers[images.labels]), findings, names
 
 
 @functools.lru_cache(maxsize=8)  # decoding takes longer than an epoch of a small model
-def _partition(card: Card, settings: DataSettings, num_partitions: int, partition_id: int, seed: int) -> ImageSet:
-    return _decode(card, settings, "train", client_rows(card, settings, num_partitions, seed)[partition_id])
+def _partition(
+    card: Card, settings: DataSettings, num_partitions: int, partition_id: int, seed: int
+) -> tuple[ImageSet, Findings]:
+    rows = client_rows(card, settings, num_partitions, seed)[partition_id]
+    images, unreadable = _decode(card, settings, "train", rows)
+    return images, findings_of(images, train_part(card, settings), rows, card.class_names(), unreadable)
 
 
 @functools.lru_cache(maxsize=4)  # one process answers many messages with the same division
 def client_rows(card: Card, settings: DataSettings, num_partitions: int, seed: int) -> list[list[int]]:
     """Divide the training images over the clients: for each partition id, rows of the source's training part."""
-    part = _open(card, "train", settings.data_dir)
-    train = _limited(card, part, settings.max_train_images, seed)
+    part, train = train_part(card, settings), train_rows(card, settings, seed)
     domains = None if part.domains is None else [part.domains[row] for row in train]
     chosen = divided(settings, [part.labels[row] for row in train], domains, num_partitions, seed)
     return [[train[index] for index in indices] for indices in chosen]
@@ -149,6 +164,8 @@ def load_held_out(card: Card, settings: DataSettings, seed: int) -> HeldOut:
 def load_split(card: Card, settings: DataSettings, name: str, seed: int) -> ImageSet:
     """Load ``public``, ``train``, ``validation`` or ``test`` of a data set at the run's image size.
 
+    Images that cannot be decoded are left out, and listed in the log.
+
     Args:
         card: The data set.
         settings: The run's data settings.
@@ -157,21 +174,31 @@ def load_split(card: Card, settings: DataSettings, name: str, seed: int) -> Imag
     """
     if name in card.splits and name != "train":
         part = _open(card, name, settings.data_dir)
-        return _decode(card, settings, name, range(len(part.labels)))
-    train = _open(card, "train", settings.data_dir)
-    limit = settings.max_train_images
-    rows = _limited(card, train, limit, seed) if name == "train" else _division(card, train, seed)[name]
-    return _decode(card, settings, "train", rows)
+        images, unreadable = _decode(card, settings, name, range(len(part.labels)))
+    else:
+        rows = train_rows(card, settings, seed) if name == "train" else _division(card, settings, seed)[name]
+        images, unreadable = _decode(card, settings, "train", rows)
+    for line in listed(unreadable):
+        log(WARNING, "%s part of %s: %s", name, card.name, line)
+    return images
 
 
 def load_rows(card: Card, settings: DataSettings, rows: Sequence[int]) -> ImageSet:
-    """Load rows of the source's training part, as :func:`client_rows` numbers them, at the run's image size."""
-    return _decode(card, settings, "train", rows)
+    """Load rows of the source's training part, as :func:`client_rows` numbers them, at the run's image size.
+
+    Those that cannot be decoded are left out, as the clients leave them out.
+    """
+    return _decode(card, settings, "train", rows)[0]
 
 
 def train_labels(card: Card, settings: DataSettings) -> Sequence[int]:
     """Return the class of each row of the source's training part, without decoding an image."""
-    return _open(card, "train", settings.data_dir).labels
+    return train_part(card, settings).labels
+
+
+def train_part(card: Card, settings: DataSettings) -> Part:
+    """Open the source's training part, without decoding an image."""
+    return _open(card, "train", settings.data_dir)
 
 
 @functools.lru_cache(maxsize=4)
@@ -180,8 +207,8 @@ def _open(card: Card, name: str, data_dir: str) -> Part:
 
 
 @functools.lru_cache(maxsize=4)
-def _division(card: Card, part: Part, seed: int) -> dict[str, list[int]]:
-    return divide(card, _strata(card, part), seed)
+def _division(card: Card, settings: DataSettings, seed: int) -> dict[str, list[int]]:
+    return divide(card, _strata(card, train_part(card, settings)), seed)
 
 
 def _strata(card: Card, part: Part) -> list[int]:
@@ -190,24 +217,29 @@ def _strata(card: Card, part: Part) -> list[int]:
     return [domain * len(card.classes) + label for label, domain in zip(part.labels, part.domains, strict=True)]
 
 
-def _limited(card: Card, part: Part, limit: int, seed: int) -> list[int]:
-    """Return the training rows, or the seed's choice of ``limit`` of them that keeps the classes' proportions."""
-    rows = _division(card, part, seed)["train"]
+def train_rows(card: Card, settings: DataSettings, seed: int) -> list[int]:
+    """Return the training rows, or the seed's choice of ``max-train-images`` that keeps the classes' proportions.
+
+    Raises:
+        DataError: If there are too few images for that.
+    """
+    rows, limit = _division(card, settings, seed)["train"], settings.max_train_images
     if not 0 < limit < len(rows):
         return rows
-    strata = _strata(card, part)
+    strata = np.asarray(_strata(card, train_part(card, settings)))
+    num_strata = len(np.unique(strata[rows]))
+    if not num_strata <= limit <= len(rows) - num_strata:
+        raise DataError(
+            f"`max-train-images` cannot be {limit}: a choice of the {len(rows)} training images that keeps the "
+            f"proportions of {num_strata} classes has {num_strata} to {len(rows) - num_strata}. Use 0 for all of them."
+        )
     state = private_state(card, seed, "max-train-images")
-    kept, _ = train_test_split(rows, train_size=limit, random_state=state, stratify=[strata[row] for row in rows])
+    kept, _ = stratified(card, rows, strata, len(rows) - limit, state, "left")
     return sorted(kept)
 
 
-def _decode(card: Card, settings: DataSettings, name: str, rows: Sequence[int]) -> ImageSet:
+def _decode(
+    card: Card, settings: DataSettings, name: str, rows: Sequence[int]
+) -> tuple[ImageSet, tuple[Unreadable, ...]]:
     part = _open(card, name, settings.data_dir)
-    size = settings.image_size
-    images = [to_pixels(part.image(row), card.transforms, size) for row in rows]
-    domains = None if part.domains is None else torch.tensor([part.domains[row] for row in rows], dtype=torch.int64)
-    return ImageSet(
-        torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8),
-        torch.tensor([part.labels[row] for row in rows], dtype=torch.int64),
-        domains,
-    )
+    return decode_readable(part, rows, card.transforms, settings.image_size, card.fit)

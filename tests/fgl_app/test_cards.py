@@ -239,3 +239,22 @@ def test_a_cards_mistake_has_file_line_and_key(tmp_path, classes, extra, kind, n
         load_card(str(path))
 
     assert str(path) in str(raised.value)
+
+
+def test_how_a_picture_becomes_square_is_said_by_the_card_and_enters_its_digest(tmp_path):
+    texts = {"crop": "", "pad": "fit: pad", "squash": "fit: squash"}
+    cards = {}
+    for fit, line in texts.items():
+        path = tmp_path / f"{fit}.yaml"
+        path.write_text(
+            "source: {kind: folder}\nclasses: [a, b]\nprompts: {class: '{class}'}\n"
+            f"test: 0.2\nvalidation: 0.1\n{line}\n"
+        )
+        cards[fit] = load_card(str(path))
+
+    assert {fit: card.fit for fit, card in cards.items()} == {fit: fit for fit in texts}
+    assert len({card.digest() for card in cards.values()}) == 3
+    path = tmp_path / "wrong.yaml"
+    path.write_text((tmp_path / "pad.yaml").read_text().replace("fit: pad", "fit: stretch"))
+    with pytest.raises(ConfigError, match="`fit` must be one of crop, pad, squash, but is 'stretch'"):
+        load_card(str(path))

@@ -284,7 +284,7 @@ def test_an_unreadable_image_of_a_nodes_own_card_is_left_out_and_counted(tmp_pat
     assert torch.bincount(data.train.labels, minlength=2).tolist() == [6, 14]  # of 9 and 20: 10 % and 20 % held out
     for image in (tmp_path / "files").rglob("*.png"):
         image.write_bytes(b"no image")
-    with pytest.raises(DataError, match="none of 30 is"):
+    with pytest.raises(DataError, match="None of these 30 images can be decoded"):
         client_data(settings, node)
 
 
@@ -328,10 +328,10 @@ def test_an_unreadable_image_is_left_out_and_reported_among_good_ones(tmp_path):
     write_images(tmp_path, {"cat": 5})
     (tmp_path / "cat" / "2.png").write_bytes((tmp_path / "cat" / "2.png").read_bytes()[:40])
 
-    data, unreadable = load_folder(tmp_path, ["cat", "dog"], 8)
+    data, findings = load_folder(tmp_path, ["cat", "dog"], 8)
 
     assert len(data) == 4
-    assert unreadable == [tmp_path / "cat" / "2.png"]
+    assert [image.name for image in findings.unreadable] == [str(tmp_path / "cat" / "2.png")]
 
 
 def test_an_image_that_pillow_refuses_in_its_own_way_is_unreadable_too(tmp_path):
@@ -341,10 +341,10 @@ def test_an_image_that_pillow_refuses_in_its_own_way_is_unreadable_too(tmp_path)
     info.add_text("comment", "x" * (2 * 2**20), zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "large.png", pnginfo=info)
 
-    data, unreadable = load_folder(tmp_path, ["cat"], 8)
+    data, findings = load_folder(tmp_path, ["cat"], 8)
 
     assert len(data) == 3
-    assert unreadable == [tmp_path / "cat" / "large.png"]
+    assert [image.name for image in findings.unreadable] == [str(tmp_path / "cat" / "large.png")]
 
 
 def test_an_image_in_a_variant_that_pillow_does_not_know_is_unreadable_too(tmp_path):
@@ -353,10 +353,10 @@ def test_an_image_in_a_variant_that_pillow_does_not_know_is_unreadable_too(tmp_p
     header = struct.pack("<4siBBBB2i", b"BLP2", 1, 9, 0, 0, 0, 8, 8)
     (tmp_path / "cat" / "texture.png").write_bytes(header + bytes(2048))
 
-    data, unreadable = load_folder(tmp_path, ["cat"], 8)
+    data, findings = load_folder(tmp_path, ["cat"], 8)
 
     assert len(data) == 3
-    assert unreadable == [tmp_path / "cat" / "texture.png"]
+    assert [image.name for image in findings.unreadable] == [str(tmp_path / "cat" / "texture.png")]
 
 
 def test_folders_that_cannot_be_used_are_refused_with_the_reason(tmp_path):
@@ -367,11 +367,11 @@ def test_folders_that_cannot_be_used_are_refused_with_the_reason(tmp_path):
     (tmp_path / "broken" / "cat" / "0.png").write_bytes(b"no picture")
 
     for name, reason in {
-        "absent": "must be a folder",
+        "absent": "cannot be opened",
         "empty": "must hold images",
         "foreign": "'horse'",
         "bare": "holds none",
-        "broken": "readable",
+        "broken": "can be decoded",
     }.items():
         with pytest.raises(DataError, match=reason):
             load_folder(tmp_path / name, ["cat", "dog"], 8)

@@ -1,0 +1,152 @@
+"""What was found where images lie: how many of each class, what could not be decoded, what was passed over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fgl_app.cards import Fit
+from fgl_app.data.decoding import Unreadable, reason_of
+from fgl_app.data.images import ImageSet, to_pixels
+from fgl_app.data.readers import Part
+from fgl_app.errors import DataError
+from fgl_app.files import canonical_json, sha256
+from fgl_app.image_folders import describe
+
+FEWEST_OF_A_CLASS = 3
+"""From so many images on, a site holds one out: a fifth, rounded."""
+_SMALL_TEST = 100
+_MOST_LISTED = 100
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the loader of a client, or of a whole data set, found."""
+
+    num_images: Mapping[str, int]
+    """Readable images of each class that has images, by the class's name."""
+    unreadable: tuple[Unreadable, ...] = ()
+    """Images that cannot be decoded and were left out."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Number of files that are no images, by reason."""
+    lost_classes: tuple[str, ...] = ()
+    """Classes of which something was found, but no image that can be used."""
+    num_test: int | None = None
+    """Images that a site holds out for its own test; None where the test images are not the client's."""
+
+    def digest(self) -> str:
+        """Return a hash of everything that was found, by which a client knows that it has said so before."""
+        return sha256(canonical_json([self.lines(), [str(image) for image in self.unreadable]]))[:16]
+
+    def lines(self) -> list[str]:
+        """Say in a few lines what was found, without file names."""
+        classes = ", ".join(f"{name} {count:,}" for name, count in self.num_images.items())
+        lines = [f"{sum(self.num_images.values()):,} images can be used: {classes}"]
+        if self.unreadable:
+            lines.append(f"{len(self.unreadable):,} images are left out: {describe(by_reason(self.unreadable))}")
+        if self.ignored:
+            lines.append(f"{sum(self.ignored.values()):,} files are no images: {describe(self.ignored)}")
+        return lines
+
+    def warnings(self) -> list[str]:
+        """Say what the owner of the images should know before the classifier is believed."""
+        lines = [
+            f"class {name!r} has files, but no image that can be used; this class is absent here"
+            for name in self.lost_classes
+        ]
+        if self.num_test is None:
+            return lines
+        few = [name for name, count in self.num_images.items() if count < FEWEST_OF_A_CLASS]
+        if few:
+            lines.append(
+                f"fewer than {FEWEST_OF_A_CLASS} images of {', '.join(few)}: all of them are trained on, and none is "
+                "held out for the test"
+            )
+        return [*lines, *small_test(self.num_test)]
+
+
+def small_test(num_images: int) -> list[str]:
+    """Say so if a test set is so small that single images decide."""
+    if not 0 < num_images < _SMALL_TEST:
+        return []
+    return [
+        f"{num_images} images are held out for the test: each of them is {100 / num_images:.1f} points of accuracy, "
+        "and differences of a few points mean nothing"
+    ]
+
+
+def by_reason(unreadable: Iterable[Unreadable]) -> dict[str, int]:
+    """Count unreadable images by their reasons."""
+    return dict(Counter(image.reason for image in unreadable))
+
+
+def listed(unreadable: Sequence[Unreadable]) -> list[str]:
+    """Name unreadable images one by one, up to a number that a log can take."""
+    lines = [f"left out: {image}" for image in unreadable[:_MOST_LISTED]]
+    if len(unreadable) > _MOST_LISTED:
+        lines.append(f"left out: {len(unreadable) - _MOST_LISTED:,} more, which `fgl check-data` lists")
+    return lines
+
+
+def decode_readable(
+    part: Part, rows: Sequence[int], transforms: Sequence[tuple[str, int]], image_size: int, fit: Fit
+) -> tuple[ImageSet, tuple[Unreadable, ...]]:
+    """Decode images, but for those that cannot be decoded.
+
+    One damaged file ends no run and keeps no client out of it: it is left out, and reported.
+
+    Args:
+        part: Where the images lie.
+        rows: Which of them; none are an empty set.
+        transforms: The card's steps before an image is scaled to ``image_size``.
+        image_size: Side of the images, px.
+        fit: How a picture that is not square becomes one.
+
+    Returns:
+        The readable images, in the order of ``rows``, and the others.
+
+    Raises:
+        DataError: If there are images, but none is readable.
+    """
+    images, kept, unreadable = [], [], []
+    for row in rows:
+        try:
+            images.append(to_pixels(part.image(row), transforms, image_size, fit))
+            kept.append(row)
+        except Exception as error:  # decoders share no error, see decoding.open_picture
+            unreadable.append(Unreadable(part.name(row), reason_of(error)))
+    if unreadable and not images:
+        raise DataError(
+            f"None of these {len(unreadable):,} images can be decoded ({describe(by_reason(unreadable))}), and at "
+            f"least one is needed. The first: {unreadable[0]}."
+        )
+    domains = None if part.domains is None else torch.tensor([part.domains[row] for row in kept], dtype=torch.int64)
+    labels = torch.tensor([part.labels[row] for row in kept], dtype=torch.int64)
+    pixels = torch.stack(images) if images else torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
+    return ImageSet(pixels, labels, domains), tuple(unreadable)
+
+
+def findings_of(
+    data: ImageSet, part: Part, rows: Sequence[int], class_names: Sequence[str], unreadable: tuple[Unreadable, ...]
+) -> Findings:
+    """Sum up what decoding gave.
+
+    Args:
+        data: The readable images, with the part's labels.
+        part: Where the images lie.
+        rows: Which of them were asked for.
+        class_names: Names of the part's classes.
+        unreadable: What was left out.
+    """
+    readable = Counter(data.labels.tolist())
+    asked = {part.labels[row] for row in rows}
+    lost = {class_names[label] for label in asked - set(readable)} | set(part.empty_classes)
+    return Findings(
+        {class_names[label]: count for label, count in sorted(readable.items())},
+        unreadable,
+        part.ignored,
+        tuple(sorted(lost)),
+    )

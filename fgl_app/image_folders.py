@@ -1,0 +1,192 @@
+"""Find the images in a folder: which sub-folders are classes, which files are images, and what is passed over.
+
+One reader for all: simulation, sites, audit and ``fgl check-data`` see the same files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import features
+
+from fgl_app.errors import DataError
+
+ENDINGS = frozenset({
+    ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tif", ".tiff", ".webp",
+})  # fmt: skip
+"""Lower-case endings of the types that Pillow always reads."""
+_DICOM_ENDINGS = frozenset({".dcm", ".dicom"})
+_HEIF_ENDINGS = frozenset({".heic", ".heif", ".hif"})
+_PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+_CLUTTER = frozenset({
+    "#recycle", "#snapshot", "$recycle.bin", "@eadir", "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db",
+    "lost+found", "system volume information", "thumbs.db",
+})  # fmt: skip
+"""Lower-case names of what operating systems and NAS devices leave in folders: thumbnails, deleted files, settings."""
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """The image files below one folder."""
+
+    files: tuple[Path, ...]
+    """In an order that the names alone decide: folder by folder, in each by name."""
+    ignored: Mapping[str, int]
+    """Number of files that are passed over, for each reason."""
+
+
+def is_clutter(name: str) -> bool:
+    """Return whether a file or folder is hidden, or left by an operating system or a NAS: it is never data."""
+    return name.startswith(".") or name.lower() in _CLUTTER
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the sorted names of a folder's sub-folders, which are its classes.
+
+    Raises:
+        DataError: If the folder cannot be read, or is divided into train, test and so on.
+    """
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if not is_clutter(entry.name) and entry.is_dir())
+    except OSError as error:
+        raise DataError(
+            f"Expected a folder with one sub-folder per class, but {str(folder)!r} cannot be opened ({error.strerror})."
+        ) from None
+    parts = [name for name in names if name.lower() in _PARTS and _holds_folders_only(folder / name)]
+    if len(parts) > 1 or (parts and parts == names):
+        raise DataError(
+            f"{str(folder)!r} is divided into {', '.join(parts)}, which are no classes. Name one of them, e.g. "
+            f"{str(folder / parts[0])!r}: this application holds images out for validation and test by itself. A "
+            "simulation keeps a division that is there with a card, whose `splits` name its folders."
+        )
+    return names
+
+
+def find_images(folder: Path) -> FoundImages:
+    """Find the images of one class, in its folder and at every depth below it.
+
+    Links are followed. Hidden files and what systems leave behind are passed over, and so are files whose type is not
+    known or needs a package that is not installed; a file without a known ending may still be DICOM.
+    """
+    found: list[tuple[str, str, Path]] = []
+    ignored: Counter[str] = Counter()
+    for path, reason in _walk(folder, ()):
+        if reason is None:
+            found.append((str(path.parent), path.name, path))
+        else:
+            ignored[reason] += 1
+    return FoundImages(tuple(path for *_, path in sorted(found)), dict(ignored))
+
+
+def loose_files(folder: Path) -> dict[str, int]:
+    """Count what lies beside the class folders, in no class, for each reason to pass it over."""
+    ignored: Counter[str] = Counter()
+    for entry in os.scandir(folder):
+        if is_clutter(entry.name):
+            ignored[_clutter_reason(entry.name)] += _num_files(entry)
+        elif not entry.is_dir():
+            ignored[_type_reason(Path(entry.path)) or "outside the class folders"] += 1
+    return dict(ignored)
+
+
+def total(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    """Add two counts by reason."""
+    return dict(Counter(counts) + Counter(more))
+
+
+def describe(counts: Mapping[str, int]) -> str:
+    """Return counts by reason as a phrase, the most frequent first."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda it: (-it[1], it[0])))
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file begins as DICOM files do, whatever its name: few of them have an ending."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM" and path.name.upper() != "DICOMDIR"
+    except OSError:
+        return False
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, str | None]]:
+    """Yield each file below a folder, and why it is passed over, or None for an image."""
+    try:
+        status = folder.stat()
+        entries = list(os.scandir(folder))
+    except OSError:
+        yield folder, "folder that cannot be opened"
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        yield folder, "link to a folder above it"
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if is_clutter(entry.name):
+            reason = _clutter_reason(entry.name)
+            yield from ((path, reason) for _ in range(_num_files(entry)))
+        elif entry.is_dir():
+            yield from _walk(path, (*above, identity))
+        else:
+            yield path, _type_reason(path)
+
+
+def _type_reason(path: Path) -> str | None:
+    """Return why a file is passed over, or None for an image."""
+    ending = path.suffix.lower()
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "that are no regular files"
+    except OSError:  # a link that leads nowhere is named with the unreadable images if it is called like one
+        pass
+    if ending in ENDINGS:
+        return None
+    if ending in _HEIF_ENDINGS:
+        return None if _installed("pillow_heif") else _needs_extra(f"of type {ending}")
+    if ending == ".avif":
+        return None if features.check("avif") else "of type .avif, which this Pillow cannot read"
+    if ending in _DICOM_ENDINGS or is_dicom(path):
+        return None if _installed("pydicom") else _needs_extra("of type DICOM")
+    return f"of type {ending}" if ending.isprintable() and 1 < len(ending) <= 12 else "without a known type"
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _needs_extra(what: str) -> str:
+    return f"{what} (to read them: pip install 'federated-generative-learning[pictures]')"
+
+
+def _clutter_reason(name: str) -> str:
+    if name.startswith("._"):
+        return "._*"
+    if name.lower() in _CLUTTER or name in (".DS_Store", ".ipynb_checkpoints"):
+        return f"in {name}" if "." not in name[1:] and name != ".DS_Store" else name
+    return "hidden"
+
+
+def _num_files(entry: os.DirEntry[str]) -> int:
+    """Count the files of something that is passed over; links in it are not followed."""
+    if not entry.is_dir(follow_symlinks=False):
+        return 1
+    return sum(len(names) for _, _, names in os.walk(entry.path))
+
+
+def _holds_folders_only(folder: Path) -> bool:
+    """Return whether a folder holds sub-folders and no image of its own, as the parts of a divided data set do."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if not is_clutter(entry.name)]
+    except OSError:
+        return False
+    folders = [entry for entry in entries if entry.is_dir()]
+    return bool(folders) and not any(
+        _type_reason(Path(entry.path)) is None for entry in entries if entry not in folders
+    )
