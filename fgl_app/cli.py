@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,8 +30,11 @@ def run_command(
     clients: Annotated[int, typer.Option(help="Simulated clients.", min=1)] = 5,
     client_cpus: Annotated[int, typer.Option(help="CPU cores per simulated client.", min=1)] = 2,
     client_gpus: Annotated[float, typer.Option(help="Share of a GPU per simulated client.", min=0)] = 0.0,
+    with_parent: Annotated[bool, typer.Option(help="End when the standard input is closed.", hidden=True)] = False,
 ) -> None:
     """Run the application on Flower's simulation engine and end with a non-zero code if the run failed."""
+    if with_parent:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     from fgl_app.simulation import parse_overrides, simulate  # imports of seconds, which --help does not need
 
     simulate(parse_overrides(overrides or []), num_clients=clients, client_cpus=client_cpus, client_gpus=client_gpus)
@@ -243,12 +249,26 @@ def export_command(
     typer.echo(f"{export(read_run(run), form, target.expanduser()):,} images written to {target}")
 
 
+def _end_with_parent() -> None:
+    """End this process in good order when the one that started it is gone: its end of the pipe closes with it."""
+    os.read(0, 1)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+
 def main() -> None:
     """Run the command line; errors of this application are one sentence on stderr and code 1."""
+    from fgl_app.environment import use_own_packages
+
     # A terminated run stops its SuperLink and everything below it, as an interrupted one does.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and `nohup` ignores it
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character ends no run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
+        use_own_packages()
         cli()
     except FGLError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fgl_app.config import default_run_config
+from fgl_app.environment import child_environment
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.experiment_reader import load_experiment, read_experiment
 from fgl_app.experiments import Results, Run, settings_of
@@ -120,23 +121,25 @@ def _run_all(runs: Sequence[Run], folder: Path, options: Sequence[str], jobs: in
             for run in [run for run in waiting if run.after not in unfinished][: jobs - len(active)]:
                 waiting.remove(run)
                 words = [f"{key}={typed(value)}" for key, value in run.overrides.items() if key != "num-clients"]
-                command = [sys.executable, "-m", "fgl_app.cli", "run", *options, "--", *words]
+                command = [sys.executable, "-m", "fgl_app.cli", "run", "--with-parent", *options, "--", *words]
+                environment = child_environment(str(run.overrides.get("ray-address", "")), **threads)
                 with (folder / f"{run.name}.log").open("wb") as log_file:
                     process = subprocess.Popen(
-                        command, env=os.environ | threads, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file
+                        command, env=environment, stdin=subprocess.PIPE, stdout=log_file, stderr=log_file
                     )
                 active[run.name] = run, process, time.monotonic()
             for name, (run, process, began) in list(active.items()):
                 if process.poll() is None:
                     continue
                 del active[name]
+                process.communicate()
                 yield run, time.monotonic() - began
             time.sleep(0.2)
     finally:
         for _, process, _ in active.values():
             process.terminate()  # it stops what it started
         for _, process, _ in active.values():
-            process.wait()
+            process.communicate()
 
 
 def _by_cell(runs: Sequence[Run], finished: Mapping[str, Mapping[str, Any] | None]) -> Results:

@@ -9,23 +9,19 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import re
 import secrets
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import psutil
-
-from fgl_app import tiny
+from fgl_app import supervisor, tiny
 from fgl_app.config import APP_FOLDER, default_run_config, parse_run_config
+from fgl_app.environment import child_environment, temporary_home
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.foundation_models import check_model_source
 from fgl_app.settings import RunConfigValue, RunSettings
@@ -73,10 +69,7 @@ def simulate(
     federation = (
         f"num-supernodes={num_clients} client-resources-num-cpus={client_cpus} client-resources-num-gpus={client_gpus}"
     )
-    with (
-        tempfile.TemporaryDirectory(prefix="fgl-flower-", ignore_cleanup_errors=True) as home,
-        _superlink(Path(home)) as environment,
-    ):
+    with temporary_home() as home, _superlink(home, settings.synthesis.ray_address) as environment:
         command = ["flwr", "run", str(APP_FOLDER), "fgl", "--stream"]
         command += ["--run-config", run_config, "--federation-config", federation]
         code, run_id = _stream(command, environment)
@@ -148,32 +141,28 @@ def _toml(value: RunConfigValue) -> str:
 
 
 @contextlib.contextmanager
-def _superlink(home: Path) -> Iterator[dict[str, str]]:
+def _superlink(home: Path, ray_address: str) -> Iterator[dict[str, str]]:
     """Start a SuperLink for simulations below ``home``; yield the environment that reaches it; stop all of it."""
     port = free_port()
-    environment = os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-        # Flower starts its parts by bare name.
-        "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
-    }
+    environment = child_environment(
+        ray_address,
+        FLWR_HOME=str(home),
+        FLWR_DISABLE_UPDATE_CHECK="1",
+        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+        FLWR_TELEMETRY_ENABLED="0",
+        RAY_DEDUP_LOGS="0",
+        RAY_TMPDIR=str(home),
+    )
     (home / "config.toml").write_text(f'[superlink.fgl]\naddress = "127.0.0.1:{port}"\ninsecure = true\n', "utf-8")
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     log_path = home / "superlink.log"
-    with log_path.open("wb") as log_file:
-        process = subprocess.Popen(
-            command, env=environment, cwd=home, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            _wait_until_healthy(process, port, log_path)
-            yield environment
-        finally:
-            _stop(process, home)
+    process = supervisor.start(command, environment, log_path)
+    try:
+        _wait_until_healthy(process, port, log_path)
+        yield environment
+    finally:
+        _stop(process, home)
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
@@ -193,8 +182,8 @@ def _stream(command: Sequence[str], environment: dict[str, str]) -> tuple[int, s
     """Run ``flwr run``, pass its output on, and find the run's id in it."""
     run_id = None
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace",
+        command, env=environment, cwd=environment["FLWR_HOME"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
     ) as process:  # fmt: skip
         assert process.stdout is not None
         try:
@@ -215,8 +204,8 @@ def _status(run_id: str, environment: dict[str, str]) -> str:
     for _ in range(60):
         listing = subprocess.run(
             ["flwr", "list", "fgl", "--run-id", run_id, "--format", "json"],
-            env=environment, cwd=environment["FLWR_HOME"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            check=False,
+            env=environment, cwd=environment["FLWR_HOME"], stdin=subprocess.DEVNULL, capture_output=True,
+            encoding="utf-8", check=False,
         )  # fmt: skip
         with contextlib.suppress(ValueError, KeyError, IndexError):
             status = json.loads(listing.stdout)["runs"][0]["status"]
@@ -227,40 +216,14 @@ def _status(run_id: str, environment: dict[str, str]) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes], home: Path) -> None:
-    """End the SuperLink and everything that it started, such as Ray's processes and the synthesis worker.
-
-    They are known by the ``FLWR_HOME`` in their environment, which is this run's alone: Flower and Ray start sessions
-    of their own, and orphans have other parents.
-    """
-    # The cleanup itself is not interrupted; it ends within seconds.
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    """End the SuperLink and everything that it started; the cleanup itself is not interrupted, and takes seconds."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # simulations run on Linux and macOS alone
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
     try:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        process.kill()
-        process.wait()
-        for _ in range(20):  # until no killed process had just started another
-            members = [member for member in psutil.process_iter() if _belongs_to(member, home)]
-            if not members:
-                break
-            for member in members:
-                with contextlib.suppress(psutil.Error):
-                    member.kill()
-            psutil.wait_procs(members, timeout=2)
+        supervisor.stop(process, home)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _belongs_to(process: psutil.Process, home: Path) -> bool:
-    if process.pid == os.getpid():
-        return False
-    try:
-        return bool(process.environ().get("FLWR_HOME") == str(home)) and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def free_port() -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,9 +13,16 @@ from fgl_app.errors import ConfigError
 from fgl_app.files import write_atomically
 from fgl_app.settings import Settings, tracker_names
 
+_PROJECT = "federated-generative-learning"
+_LOGGER = logging.getLogger("flwr.trackers")
+
 
 class Tracker(Protocol):
     """Where metrics go."""
+
+    @staticmethod
+    def check() -> None:
+        """Raise an error if metrics could not be sent; nothing is made."""
 
     def log(self, server_round: int, metrics: Mapping[str, float]) -> None:
         """Keep the metrics of one round."""
@@ -23,6 +33,10 @@ class Tracker(Protocol):
 
 class TensorBoardTracker:
     """Event files below ``tensorboard/`` of the run."""
+
+    @staticmethod
+    def check() -> None:
+        """Do nothing: the files lie in the run's folder."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         """Open the event file."""
@@ -44,12 +58,25 @@ class TensorBoardTracker:
 class WandbTracker:
     """A run of Weights & Biases; where it goes is said by that library's environment variables."""
 
+    @staticmethod
+    def check() -> None:
+        """Check that there is a login, and ask the server whether it is valid."""
+        import wandb
+
+        if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
+            return
+        if not wandb.login(prompt=False):
+            raise ConfigError(
+                "`trackers` wandb needs a login, but there is none on this machine. Use `wandb login` or "
+                "WANDB_API_KEY, or WANDB_MODE=offline, which keeps the metrics in the run's folder."
+            )
+
     def __init__(self, settings: Settings, folder: Path) -> None:
         """Start or resume the run of this name."""
         import wandb
 
         self._run: Any = wandb.init(
-            project="federated-generative-learning", name=settings.run.run_name, id=_kept_id(folder, "wandb"),
+            project=_PROJECT, name=settings.run.run_name, id=_kept_id(folder, "wandb"),
             resume="allow", config=dict(settings.flat()), dir=str(folder),
             settings=wandb.Settings(console="off"),  # what a library prints is not sent away
         )  # fmt: skip
@@ -65,29 +92,70 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run of MLflow; where it goes is said by that library's environment variables."""
+    """A run of MLflow, where MLFLOW_TRACKING_URI says, or else in a database in the run's folder, ``mlflow.db``."""
+
+    @staticmethod
+    def check() -> None:
+        """Ask the tracking server, or the database, that MLflow is told to use."""
+        import mlflow
+
+        if mlflow.is_tracking_uri_set():
+            # MLflow itself would try for minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+            mlflow.MlflowClient().search_experiments(max_results=1)
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         """Start a run in the experiment of this application, or resume the one of an earlier start."""
         import mlflow
+        from mlflow.entities import Param
 
-        self._mlflow: Any = mlflow
-        mlflow.set_experiment("federated-generative-learning")
+        own = None if mlflow.is_tracking_uri_set() else f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+        self._client: Any = mlflow.MlflowClient(own)
         earlier = _kept_id(folder, "mlflow")
-        run = mlflow.start_run(run_id=earlier, run_name=settings.run.run_name)
-        if earlier is None:  # a parameter that was logged cannot be changed
-            mlflow.log_params(dict(settings.flat()))
-            _keep_id(folder, "mlflow", run.info.run_id)
+        if earlier is not None:
+            try:
+                self._client.update_run(earlier, status="RUNNING")
+            except mlflow.MlflowException:
+                _LOGGER.warning("MLflow does not know the run of the earlier start any more; a new one is begun.")
+                earlier = None
+        if earlier is None:
+            artifacts = None if own is None else (folder.absolute() / "mlruns").as_uri()
+            run = self._client.create_run(self._experiment(artifacts), run_name=settings.run.run_name)
+            earlier = str(run.info.run_id)
+            parameters = [Param(key, str(value)) for key, value in settings.flat().items()]
+            for start in range(0, len(parameters), _MLFLOW_BATCH):
+                self._client.log_batch(earlier, params=parameters[start : start + _MLFLOW_BATCH])
+            _keep_id(folder, "mlflow", earlier)
+        self._run_id = earlier
+
+    def _experiment(self, artifacts: str | None) -> str:
+        """Return the identity of this application's experiment, which is made if there is none."""
+        from mlflow import MlflowException
+
+        found = self._client.get_experiment_by_name(_PROJECT)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(_PROJECT, artifact_location=artifacts))
+            except MlflowException:  # another run has made it meanwhile
+                found = self._client.get_experiment_by_name(_PROJECT)
+        return str(found.experiment_id)
 
     def log(self, server_round: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics at the round's number."""
-        self._mlflow.log_metrics(dict(metrics), step=server_round)
+        from mlflow.entities import Metric
+
+        now_ms = int(1000 * time.time())
+        rows = [Metric(name, float(value), now_ms, server_round) for name, value in metrics.items()]
+        self._client.log_batch(self._run_id, metrics=rows)
 
     def close(self) -> None:
         """End the run."""
-        self._mlflow.end_run()
+        self._client.set_terminated(self._run_id)
 
 
+_MLFLOW_BATCH = 100
+"""Parameters that MLflow takes at a time."""
 _TRACKERS: Mapping[str, tuple[str, Any]] = {
     "tensorboard": ("tensorboard", TensorBoardTracker),
     "wandb": ("wandb", WandbTracker),
@@ -110,10 +178,10 @@ def open_trackers(settings: Settings, folder: Path | None) -> list[Tracker]:
 
     Args:
         settings: The run's settings.
-        folder: The run's folder; None to check only that their packages are installed.
+        folder: The run's folder; None to check only that they could be opened.
 
     Raises:
-        ConfigError: If a package is not installed.
+        ConfigError: If a package is not installed, or a tracker cannot be reached or used.
     """
     opened: list[Tracker] = []
     for name in tracker_names(settings.run.trackers):
@@ -125,6 +193,17 @@ def open_trackers(settings: Settings, folder: Path | None) -> list[Tracker]:
                 f"`trackers` {name} needs the package {package}, which is not installed here. Install it: "
                 f"pip install {package}."
             ) from None
-        if folder is not None:
-            opened.append(made(settings, folder))
+        try:
+            if folder is None:
+                made.check()
+            else:
+                opened.append(made(settings, folder))
+        except ConfigError:
+            raise
+        except Exception as error:  # each library has exceptions of its own
+            advice = " WANDB_MODE=offline keeps the metrics in the run's folder." if name == "wandb" else ""
+            raise ConfigError(
+                f"`trackers` {name} cannot be used: {' '.join(str(error).split())[:300]}. Mend that, or take {name} "
+                f"off `trackers`.{advice}"
+            ) from None
     return opened

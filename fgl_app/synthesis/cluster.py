@@ -14,6 +14,7 @@ import ray
 import torch
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from fgl_app.environment import short_temp_folder
 from fgl_app.errors import SynthesisError
 from fgl_app.synthesis.plan import Plan, Unit
 from fgl_app.synthesis.worker import UnitWorker
@@ -74,8 +75,17 @@ def draw_on_cluster(
     try:
         _check_reachable(ray_address)
         # Actors ask for no CPU: beside Flower's simulation every CPU is taken by its clients.
-        ray.init(address=ray_address or "local", log_to_driver=False, include_dashboard=None if ray_address else False)
+        if ray_address:
+            ray.init(address=ray_address, log_to_driver=False)
+        else:
+            temporary = str(short_temp_folder() / "ray")
+            ray.init(address="local", log_to_driver=False, include_dashboard=False, _temp_dir=temporary)
     except (RayError, ConnectionError, OSError) as error:
+        if not ray_address:
+            raise SynthesisError(
+                f"Ray must be able to start on this machine for `synthesis-workers`, but does not ({error}). Use "
+                "synthesis-workers=0, which draws without Ray."
+            ) from None
         raise SynthesisError(
             f"`ray-address` must be that of a running cluster of Ray, or empty, but {ray_address!r} cannot be reached "
             f"({type(error).__name__})."

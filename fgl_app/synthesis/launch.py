@@ -14,8 +14,8 @@ from typing import IO, TextIO
 
 import numpy as np
 
-from fgl_app.config import APP_FOLDER
 from fgl_app.data.images import ImageSet
+from fgl_app.environment import child_environment
 from fgl_app.errors import SynthesisError
 from fgl_app.store import ContentHash, DamagedUnitsError, Ids, UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan
@@ -166,9 +166,7 @@ def _run_worker(
     command = [sys.executable, "-m", "fgl_app.synthesis.worker", str(plan), str(folder)]
     command += ["--workers", str(num_workers), "--ray-address", ray_address, "--with-parent"]
     # An app that runs from an unpacked bundle is on sys.path of this process only.
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(APP_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
-    }
+    environment = child_environment(ray_address)
     log_path = plan.with_name("worker.log")  # warnings of libraries may quote prompts: for the owner's eyes only
     log_path.unlink(missing_ok=True)
     log_path.touch(mode=0o600)

@@ -32,12 +32,35 @@ def left_behind(folder: Path) -> list[str]:
     return running
 
 
+def hostile_environment(folder: Path) -> dict[str, str]:
+    """What shells of clusters, desktops and hospitals hold, each of which ended or hung a run once."""
+    deep = folder / ("a-temporary-folder-of-a-long-name" * 3)
+    deep.mkdir()
+    for name in ("strategies", "clients"):
+        (folder / "theirs" / name).mkdir(parents=True)
+        (folder / "theirs" / name / "__init__.py").write_text("")
+    return {
+        "http_proxy": "http://proxy.invalid:3128",
+        "ALL_PROXY": "socks://proxy.invalid:1080",
+        "no_proxy": "intranet.example,fe80::/10",
+        "RAY_ADDRESS": "127.0.0.1:9",
+        "FLWR_DATABASE": str(folder / "state.db"),
+        "PYTHONPATH": os.pathsep.join([str(folder / "theirs"), str(APP_FOLDER)]),
+        "TMPDIR": str(deep),
+        "FORCE_COLOR": "1",
+        "COLUMNS": "20",
+        "PYTHONIOENCODING": "ascii",
+    }
+
+
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
-    """One run of the whole method, and the processes that it left behind."""
+    """One run of the whole method in a hostile environment, and the processes that it left behind."""
     folder = tmp_path_factory.mktemp("out")
+    surroundings = tmp_path_factory.mktemp("surroundings")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENVIRONMENT, "FGL_TEST_FOLDER", str(folder))
+        for name, value in (hostile_environment(surroundings) | {"FGL_TEST_FOLDER": str(folder)}).items():
+            patch.setitem(ENVIRONMENT, name, value)
         output = fgl("run", *WHOLE, f"output-dir={folder}", "run-name=a", "--clients", "3", cwd=folder)
     return folder, output, left_behind(folder)
 

@@ -1,10 +1,15 @@
+import os
+import re
+import subprocess
 import sys
+import tempfile
 
 import mlflow
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fgl_app.config import parse_run_config
+from fgl_app.config import default_run_config, parse_run_config
+from fgl_app.environment import child_environment
 from fgl_app.errors import ConfigError
 from fgl_app.reporting.trackers import open_trackers
 
@@ -36,6 +41,90 @@ def test_mlflow_goes_on_with_its_run_after_a_restart(run_config, tmp_path, monke
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "accuracy")
     assert [(item.step, item.value) for item in history] == [(1, 0.25), (2, 0.5)]
     assert run.data.params["num-server-rounds"] == "5"
+
+
+def test_mlflow_without_an_address_keeps_its_files_in_the_runs_folder_and_goes_on_there(run_config, tmp_path):
+    """Each start is a process with a working directory of its own that is deleted, as the ServerApp's."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from fgl_app.config import default_run_config, parse_run_config\n"
+        "from fgl_app.reporting.trackers import open_trackers\n"
+        "settings = parse_run_config(default_run_config() | {'trackers': 'mlflow', 'output-dir': '/nowhere'})\n"
+        "open_trackers(settings, None)\n"
+        "(tracker,) = open_trackers(settings, Path(sys.argv[1]))\n"
+        "tracker.log(int(sys.argv[2]), {'accuracy': int(sys.argv[2]) / 4, 'clients': 3})\n"
+        "tracker.close()"
+    )
+    environment = child_environment()
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    for number in (1, 2):
+        with tempfile.TemporaryDirectory(dir=tmp_path) as home:
+            done = subprocess.run(
+                [sys.executable, "-c", code, folder, str(number)], env=environment, cwd=home, capture_output=True,
+                text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert os.listdir(home) == []
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("federated-generative-learning").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "accuracy")
+    assert [(item.step, item.value) for item in history] == [(1, 0.25), (2, 0.5)]
+    assert run.info.status == "FINISHED"
+    assert run.info.artifact_uri.startswith(folder.as_uri())
+    assert len(run.data.params) == len(default_run_config())
+
+
+def test_mlflow_begins_anew_where_the_run_of_an_earlier_start_is_gone(run_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'another.db'}")
+    (tmp_path / "mlflow-run.txt").write_text("0123456789abcdef0123456789abcdef")
+    settings = parse_run_config(run_config | {"trackers": "mlflow"})
+
+    (tracker,) = open_trackers(settings, tmp_path)
+    tracker.log(1, {"accuracy": 0.5})
+    tracker.close()
+
+    kept = (tmp_path / "mlflow-run.txt").read_text()
+    assert mlflow.MlflowClient().get_run(kept).data.metrics == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("tracker", "surroundings", "sentence"),
+    [
+        ("wandb", {}, "`trackers` wandb needs a login, .* WANDB_MODE=offline.*"),
+        (
+            "wandb",
+            {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+            "`trackers` wandb cannot be used: .* WANDB_MODE=offline.*",
+        ),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "`trackers` mlflow cannot be used: .*127.0.0.1.*"),
+        ("wandb", {"WANDB_MODE": "offline"}, r"\[\]"),
+    ],
+)
+def test_a_tracker_that_cannot_be_used_is_named_before_anything_is_made(tmp_path, tracker, surroundings, sentence):
+    (tmp_path / "home").mkdir()
+    environment = {
+        name: value for name, value in child_environment().items() if not name.startswith(("WANDB_", "MLFLOW_"))
+    }
+    environment |= {"HOME": str(tmp_path / "home"), "NETRC": str(tmp_path / "netrc")} | surroundings
+
+    code = (
+        "import sys\n"
+        "from fgl_app.config import default_run_config, parse_run_config\n"
+        "from fgl_app.errors import FGLError\n"
+        "from fgl_app.reporting.trackers import open_trackers\n"
+        "settings = parse_run_config(default_run_config() | {'trackers': sys.argv[1]})\n"
+        "try: print(open_trackers(settings, None))\n"
+        "except FGLError as error: print(error)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, tracker], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+
+    assert re.fullmatch(sentence, done.stdout.splitlines()[-1]), done.stdout
+    assert list(tmp_path.rglob("*.db")) == []
 
 
 def test_wandb_goes_on_with_its_run_after_a_restart_and_is_sent_no_output(run_config, tmp_path, monkeypatch):
