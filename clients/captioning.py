@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fgl_app import tiny
 from fgl_app.errors import ModelError
-from fgl_app.files import cache_folder, canonical_json
+from fgl_app.files import cache_folder, canonical_json, set_mode
 from fgl_app.foundation_models import locate
 
 _DTYPES = {
@@ -207,6 +207,7 @@ class CachedCaptioner:
 
     def _keep(self, captions: dict[str, str]) -> None:
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        set_mode(self._path, 0o600)
         with os.fdopen(descriptor, "a", encoding="utf-8") as file:
             # A line begins with its newline, so that it stays whole behind one that a crash cut short.
             file.write(

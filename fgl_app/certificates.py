@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fgl_app.errors import FGLError
-from fgl_app.files import write_atomically
+from fgl_app.files import set_mode, write_atomically
 
 _ALWAYS = ("localhost", "127.0.0.1")
 """The server's own names: Flower's commands on the server itself use them."""
@@ -62,7 +62,7 @@ def make_certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str], 
 
     for part in (folder, folder / "ca", folder / "server", *(folder / site for site in sites)):
         part.mkdir(parents=True, exist_ok=True)
-        part.chmod(0o700)
+        set_mode(part, 0o700)
         if part != folder:
             write_atomically(part / "ca.crt", authority_pem)
     write_atomically(folder / "ca" / "ca.key", _private_bytes(authority_key, PrivateFormat.PKCS8), 0o600)

@@ -21,6 +21,7 @@ from fgl_app.files import write_atomically
 from fgl_app.phases import resolve
 from fgl_app.reporting.comparison_tables import write_tables
 from fgl_app.reporting.run_folder import IDENTITIES
+from fgl_app.resources import check_client_resources, machine_resources
 from fgl_app.user_files import write_yaml
 
 EXPERIMENT_FILE = "experiment.yaml"
@@ -56,6 +57,7 @@ def compare(
         ConfigError: If the experiment is wrong, or the folder holds runs of the same name with other settings.
         FGLError: If runs failed, when all others are done; it names them and their logs. Finished runs are kept.
     """
+    check_client_resources(client_cpus, client_gpus, *machine_resources())
     experiment = load_experiment(path)
     runs = experiment.runs(folder, data_dir)
     finished = {run.name: _results(folder, run) for run in runs}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
 import secrets
 import signal
@@ -24,6 +25,7 @@ from fgl_app.config import APP_FOLDER, default_run_config, parse_run_config
 from fgl_app.environment import child_environment, temporary_home
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.foundation_models import check_model_source
+from fgl_app.resources import check_client_resources, machine_resources
 from fgl_app.settings import RunConfigValue, RunSettings
 
 _START_TIMEOUT_S = 60.0
@@ -55,6 +57,7 @@ def simulate(
     chosen = dict(overrides) | {"num-clients": num_clients}
     settings = parse_run_config(default_run_config() | chosen)
     check_client_gpus(settings.run, client_gpus)
+    check_client_resources(client_cpus, client_gpus, *machine_resources())
     from clients.defences import read_vocabulary
     from fgl_app.checks import check_settings  # seconds of import, which a misspelt key does not wait for
 
@@ -152,6 +155,7 @@ def _superlink(home: Path, ray_address: str) -> Iterator[dict[str, str]]:
         FLWR_TELEMETRY_ENABLED="0",
         RAY_DEDUP_LOGS="0",
         RAY_TMPDIR=str(home),
+        FGL_STARTED_BY=f"`fgl run`, process {os.getpid()}",
     )
     (home / "config.toml").write_text(f'[superlink.fgl]\naddress = "127.0.0.1:{port}"\ninsecure = true\n', "utf-8")
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]

@@ -211,7 +211,7 @@ class UnitStore:
             with (
                 staged(self._tensors_path(unit_id), content) as images,
                 staged(self._manifest_path(unit_id), json_bytes(manifest)) as told,
-                locked(self.units_folder),
+                locked(self.folder),
             ):
                 if not self.has(unit_id):
                     os.replace(images, self._tensors_path(unit_id))

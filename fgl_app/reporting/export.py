@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fgl_app.errors import ConfigError, SynthesisError
+from fgl_app.files import set_mode
 from fgl_app.reporting.finished_run import FinishedRun, drawn_set
 from fgl_app.store import UnitStore, as_ids
 
@@ -50,7 +51,7 @@ def export(run: FinishedRun, form: Form, target: Path) -> int:
     try:
         writers = {"folder": _write_folder, "parquet": _write_parquet, "webdataset": _write_tars}
         count = writers[form](_images(store, iter(samples)), run.class_names, staging)
-        staging.chmod(0o755)
+        set_mode(staging, 0o755)
         staging.rename(target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

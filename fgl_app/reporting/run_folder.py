@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
+import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import load, save
@@ -24,6 +26,7 @@ from fgl_app.files import (
     checkpoint_file,
     read_json_lines,
     sha256,
+    try_lock,
     write_atomically,
     write_json,
     write_json_lines,
@@ -116,18 +119,24 @@ class RunFolder:
         """
         file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # closing it would give the lock up
         end = time.monotonic() + _LOCK_TIMEOUT_S
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() > end:
-                    raise RunFolderError(
-                        f"One process at a time may work in {str(self.path)!r}, but another does. Wait until it has "
-                        "ended, end it, or use another `run-name`."
-                    ) from None
-                time.sleep(0.5)
-            else:
-                return
+        while not try_lock(file, self.path):
+            if time.monotonic() > end:
+                holder = _holder(file)
+                os.close(file)
+                raise RunFolderError(
+                    f"One process at a time may work in {str(self.path)!r}, but another does{holder}. Wait until it "
+                    "has ended, end it, or use another `run-name`."
+                )
+            time.sleep(0.5)
+        told = {
+            "host": platform.node(),
+            "process": os.getpid(),
+            "command": Path(sys.argv[0]).name,  # arguments may be secrets
+            "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+            "started_by": os.environ.get("FGL_STARTED_BY", ""),
+        }
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(told).encode(), 0)
 
     def _refuse_other_settings(self) -> None:
         file = self.path / "config.json"
@@ -292,6 +301,18 @@ class RunFolder:
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+
+def _holder(lock: int) -> str:
+    """Return in words which process has a lock, from what it wrote into the file; empty if that is not known."""
+    try:
+        told = json.loads(os.pread(lock, 4096, 0))
+        if told["host"] == platform.node() and not psutil.pid_exists(told["process"]):
+            return ""  # an earlier one, which has ended
+        started_by = f", started by {told['started_by']}" if told["started_by"] else ""
+        return f": process {told['process']} ({told['command']}) on {told['host']} since {told['since']}{started_by}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def store_of_run(folder: Path) -> Path:

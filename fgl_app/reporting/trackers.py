@@ -99,7 +99,7 @@ class MlflowTracker:
         """Ask the tracking server, or the database, that MLflow is told to use."""
         import mlflow
 
-        if mlflow.is_tracking_uri_set():
+        if _is_mlflow_told_where():
             # MLflow itself would try for minutes.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -110,7 +110,7 @@ class MlflowTracker:
         import mlflow
         from mlflow.entities import Param
 
-        own = None if mlflow.is_tracking_uri_set() else f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+        own = None if _is_mlflow_told_where() else f"sqlite:///{folder.absolute() / 'mlflow.db'}"
         self._client: Any = mlflow.MlflowClient(own)
         earlier = _kept_id(folder, "mlflow")
         if earlier is not None:
@@ -156,6 +156,15 @@ class MlflowTracker:
 
 _MLFLOW_BATCH = 100
 """Parameters that MLflow takes at a time."""
+
+
+def _is_mlflow_told_where() -> bool:
+    import mlflow
+
+    is_set: Any = mlflow.is_tracking_uri_set
+    return bool(is_set())
+
+
 _TRACKERS: Mapping[str, tuple[str, Any]] = {
     "tensorboard": ("tensorboard", TensorBoardTracker),
     "wandb": ("wandb", WandbTracker),

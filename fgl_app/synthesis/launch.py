@@ -17,6 +17,7 @@ import numpy as np
 from fgl_app.data.images import ImageSet
 from fgl_app.environment import child_environment
 from fgl_app.errors import SynthesisError
+from fgl_app.files import set_mode
 from fgl_app.store import ContentHash, DamagedUnitsError, Ids, UnitStore, as_ids
 from fgl_app.synthesis.plan import Plan
 
@@ -170,6 +171,7 @@ def _run_worker(
     log_path = plan.with_name("worker.log")  # warnings of libraries may quote prompts: for the owner's eyes only
     log_path.unlink(missing_ok=True)
     log_path.touch(mode=0o600)
+    set_mode(log_path, 0o600)
     with (
         log_path.open("w") as log_file,
         subprocess.Popen(

@@ -1,4 +1,7 @@
+import datetime
 import json
+import os
+import platform
 import subprocess
 import sys
 
@@ -65,6 +68,31 @@ def test_only_one_process_works_in_a_folder(folder, settings, monkeypatch):
         other.communicate(b"\n")
 
     RunFolder(settings, resolve(settings))
+
+
+def test_the_process_that_works_in_a_folder_is_named_until_it_is_killed(run_config, tmp_path, monkeypatch):
+    code = (
+        "import sys; from fgl_app.config import parse_run_config; from fgl_app.reporting.run_folder import RunFolder\n"
+        "import json; settings = parse_run_config(json.loads(sys.argv[1]))\n"
+        "RunFolder(settings, {}); print('in', flush=True); sys.stdin.read(1)"
+    )
+    environment = os.environ | {"FGL_STARTED_BY": "`fgl run`, process 12"}
+    settings = parse_run_config(run_config)
+    monkeypatch.setattr("fgl_app.reporting.run_folder._LOCK_TIMEOUT_S", 0.1)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(run_config)], env=environment, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == b"in\n"
+
+        with pytest.raises(RunFolderError) as refusal:
+            RunFolder(settings, {})
+
+        other.kill()
+    today = datetime.date.today().isoformat()
+    assert f"another does: process {other.pid} (-c) on {platform.node()} since {today}" in str(refusal.value)
+    assert "started by `fgl run`, process 12." in str(refusal.value)
+    RunFolder(settings, {})
 
 
 def test_labels_never_stand_beside_the_names_of_other_classes(folder, monkeypatch):
