@@ -242,8 +242,8 @@ class PolicySettings:
     """Largest share of a class's images that the prompts of one client may claim, > 0 to 1; 1 is no limit. A class
     that one client holds alone stays its own."""
     max_update_norm: float
-    """Largest L2 norm of a client's update, over all weights and statistics. 0: local training may make the norm of the
-    weights 10 times as large, and that of BatchNorm's statistics 1000 times, which no sound training does."""
+    """Largest L2 norm of a client's update, over all trained weights. 0: the weights may become 10 times as large as
+    they were sent, by their norm, which no sound training does. BatchNorm's statistics may always grow 1000 times."""
 
 
 @dataclass(frozen=True)

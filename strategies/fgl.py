@@ -41,7 +41,7 @@ class FGL(CheckedRounds):
         on_prompts: Called with the merged prompts before and after images are drawn from them.
         fraction_train: Share of the clients that train in a round.
         seed: Seed of their draw; None for a secret one.
-        parameters: Names of the arrays that are trained.
+        parameters: Names of the arrays that are trained; see :class:`CheckedRounds`.
         connect_timeout_s: Seconds to wait for the clients.
         min_clients: Quorum of connected clients and usable replies; see :class:`CheckedRounds`.
         max_update_norm: Largest L2 norm of a client's update; 0 for ten times that of the weights it was sent.

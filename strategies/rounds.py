@@ -27,6 +27,7 @@ from fgl_app.records import (
     serialized_bytes,
 )
 from fgl_app.rng import numpy_generator
+from strategies import distances
 from strategies.differential_privacy import adds_noise, calibrate, norm_memory, reports_clipping, restore_norm
 from strategies.participation import num_sampled, only_nodes
 from strategies.refusals import Refusals, error_sentence
@@ -40,7 +41,7 @@ from strategies.server_optimizers import (
     restore_memory,
     split_statistics,
 )
-from strategies.updates import restore_integers, update_metrics
+from strategies.updates import restore_integers, trained_names, update_metrics
 
 
 class Ledger(Protocol):
@@ -68,7 +69,7 @@ class CheckedRounds(Strategy):
     * Replies are put into the order of their partition ids, so that floating-point sums do not depend on who was first.
     * Integer buffers, such as BatchNorm's ``num_batches_tracked``, come back as integers. BatchNorm's running mean and
       variance are averaged like every other array (FGL, Eq. 4: the whole state dict), also beside a server optimizer,
-      which sees the trained arrays only.
+      which sees the trained arrays only. Krum, MultiKrum and Bulyan choose clients by the trained arrays.
     * With ``fraction_train`` below 1 the clients of a round are drawn from the seed and the round's number; Flower
       would draw them from a global generator and node ids that differ in every run.
     * Rounds are numbered on from ``rounds_done``, so that a resumed run sends the numbers it would have sent.
@@ -98,8 +99,8 @@ class CheckedRounds(Strategy):
             fraction_train: Share of the clients, rounded up, that train in a round; the inner strategy's own share
                 must be 1 and its least number of nodes at most as many.
             seed: Seed of their draw; None for a secret one, which differential privacy counts on.
-            parameters: Names of the arrays that are trained, which alone count in the diversity of updates and reach a
-                server optimizer; None for all. BatchNorm's statistics are none.
+            parameters: Names of the arrays that are trained, which alone count in distances between clients and reach a
+                server optimizer; None for all floating-point arrays but those named as BatchNorm's statistics are.
             connect_timeout_s: Seconds to wait for them; Flower's own strategies would wait for ever.
             min_clients: Quorum: so many must be connected when that time is over, and so many usable replies must come,
                 or all where fewer are asked. 0: all of ``num_clients`` must be connected, and one usable reply is
@@ -116,7 +117,8 @@ class CheckedRounds(Strategy):
         self._fraction_train = fraction_train
         self._seed = seed
         self._parameters = parameters
-        self._splits_statistics = parameters is not None and is_server_optimizer(inner)
+        self._splits_statistics = is_server_optimizer(inner)
+        self._trained: Collection[str] = ()
         self._places: dict[int, int] = {}
         self._sent: ArrayRecord | None = None
         self._connect_timeout_s = connect_timeout_s
@@ -151,6 +153,7 @@ class CheckedRounds(Strategy):
         """
         self._dtypes = {name: array.dtype for name, array in arrays.items()}
         self._sent = arrays
+        self._trained = trained_names(arrays) if self._parameters is None else self._parameters
         number = self.rounds_done + server_round
         config = self._with_label_space(config)
         begin_from_sent_arrays(self.inner)
@@ -164,8 +167,7 @@ class CheckedRounds(Strategy):
         # Flower's sampling would wait without end for a node that has left since.
         grid = only_nodes(grid, lambda: nodes)
         if self._splits_statistics:
-            assert self._parameters is not None
-            messages = list(self.inner.configure_train(number, only(arrays, self._parameters), config, grid))
+            messages = list(self.inner.configure_train(number, only(arrays, self._trained), config, grid))
             for message in messages:
                 message.content[ARRAYS] = arrays
         else:
@@ -210,9 +212,9 @@ class CheckedRounds(Strategy):
         if adds_noise(self.inner):  # what is measured on the updates themselves would tell of them
             calibrate(self.inner, len(ordered))
         else:
-            self.update_metrics[number] = update_metrics(sent, updates, self._parameters)
-        statistics = split_statistics(contents, self._parameters or ()) if self._splits_statistics else []
-        new, metrics = self.inner.aggregate_train(number, ordered)
+            self.update_metrics[number] = update_metrics(sent, updates, self._trained)
+        statistics = split_statistics(contents, self._trained) if self._splits_statistics else []
+        new, metrics = distances.aggregate_train(self.inner, number, ordered, sent, self._trained)
         if new is None or len(new) == 0:
             raise RoundError(f"Training round {number} must give new weights, but the strategy aggregated none.")
         if statistics:

@@ -19,7 +19,7 @@ from fgl_app.records import (
     training_metrics,
 )
 from fgl_app.training import Evaluation
-from strategies.updates import values_of
+from strategies.updates import STATISTICS, values_of
 
 MAX_EXAMPLES = 10_000_000
 """Most images that a client may say it has."""
@@ -30,9 +30,8 @@ _NPY_HEADER_BYTES = 4096
 _NO_MOVE = 1e-30
 """Squared norm of an update below which its norm in float32 may be 0."""
 _MOST_GROWTH = {False: 10.0, True: 1000.0}
-"""By how much local training may multiply the norm of the weights, and (True) of BatchNorm's statistics, where
-`max-update-norm` is 0: honest training stays far below, and what is above makes the mean useless, or NaN."""
-_STATISTICS = ("running_mean", "running_var")
+"""By how much local training may multiply the norm of the weights where `max-update-norm` is 0, and (True) in any case
+that of BatchNorm's statistics: honest training stays far below, and what is above makes the mean useless, or NaN."""
 _NO_EVALUATION = Evaluation(0.0, 0.0, 0, torch.zeros(0))
 
 
@@ -49,8 +48,9 @@ def update_fault(
     Args:
         reply: The client's answer to ``train``.
         sent: The weights w that it was sent; names, shapes and dtypes must be theirs.
-        max_update_norm: Largest ||w_i - w||_2 over all floating-point arrays; with 0, ||w_i|| may be 10 times ||w||,
-            and 1000 times for BatchNorm's statistics, either of which counts as 1 at least.
+        max_update_norm: Largest ||w_i - w||_2 over all floating-point arrays but BatchNorm's statistics, which move
+            much farther than weights; with 0, ||w_i|| may be 10 times ||w||. The norm of the statistics may grow to
+            1000 times what it was. Each ||w|| counts as 1 at least.
         norm_bit: Whether the client has to say if it clipped its update.
         must_move: Whether w_i must differ from w; Flower's clipping on the server divides by the norm.
 
@@ -82,12 +82,13 @@ def update_fault(
                 return "weights that are not finite"
             if name.endswith("running_var") and (found < 0).any():
                 return "variances below 0"
-            if max_update_norm or must_move:
+            statistic = name.endswith(STATISTICS)
+            if (max_update_norm or must_move) and not statistic:
                 with np.errstate(over="ignore"):  # what overflows is infinite, and above every norm
                     difference = found - expected
                     square += float(np.vdot(difference, difference))
-            if not max_update_norm:
-                squares = grown[name.endswith(_STATISTICS)]
+            if statistic or not max_update_norm:
+                squares = grown[statistic]
                 squares[0] += _square_norm(expected)
                 squares[1] += told
     if max_update_norm and math.sqrt(square) > max_update_norm:

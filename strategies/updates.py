@@ -9,8 +9,19 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+STATISTICS = ("running_mean", "running_var")
+"""How the names of BatchNorm's statistics end; nothing trains them, and they move much farther than weights."""
 _CACHED_VALUES = 1 << 16
 """Values of each client that are compared at a time, which a CPU's cache holds."""
+
+
+def trained_names(arrays: ArrayRecord) -> frozenset[str]:
+    """Return the names of the floating-point arrays but for BatchNorm's statistics, which are known by their names."""
+    return frozenset(
+        name
+        for name, array in arrays.items()
+        if np.issubdtype(np.dtype(array.dtype), np.floating) and not name.endswith(STATISTICS)
+    )
 
 
 def values_of(array: Array) -> np.ndarray:

@@ -94,7 +94,7 @@ def test_the_norm_of_an_update_is_bounded():
     assert "max-update-norm" in update_fault(found, SENT, 4.89)
 
 
-def test_weights_may_grow_tenfold_and_statistics_more_unless_a_norm_is_set():
+def test_weights_may_grow_tenfold_unless_a_norm_is_set_and_statistics_more_in_any_case():
     sent = ArrayRecord({"weight": array([3.0, 4.0]), "bn.running_var": array([3.0, 4.0])})  # norms of 5
 
     def told(weight: float, variance: float, max_norm: float = 0.0) -> str | None:
@@ -107,7 +107,10 @@ def test_weights_may_grow_tenfold_and_statistics_more_unless_a_norm_is_set():
     assert told(49.9, 4999.0) is None
     assert "more than 10 times" in told(-50.1, 5.0)
     assert "more than 1000 times" in told(5.0, 5001.0)
-    assert told(50.1, 5001.0, max_norm=1e4) is None
+    # (3, 4) becomes (50.1, 0) and (3, 0): sqrt(47.1^2 + 4^2) = 47.27 and 4; what the variance does is not in the norm.
+    assert told(50.1, 4999.0, max_norm=47.3) is told(3.0, 4999.0, max_norm=4.01) is None
+    assert "max-update-norm" in told(50.1, 5.0, max_norm=47.2)
+    assert "more than 1000 times" in told(50.1, 5001.0, max_norm=1e4)
     # From zeros, as biases begin, the norm counts as 1.
     assert update_fault(reply(arrays={"weight": array(np.full((2, 3), 4.0))}), SENT) is None  # 4 * sqrt(6) = 9.8
 
