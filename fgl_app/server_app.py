@@ -186,6 +186,7 @@ class Session:
             "max_update_norm": self.settings.policy.max_update_norm,
             "rounds_done": done,
             "ledger": self.ledger,
+            "accept_extras": self._tells_of_clients,
         }
 
     def _checked(self, done: int) -> CheckedRounds:
@@ -317,14 +318,13 @@ class Session:
             number = offset + counted
             if number <= len(self.rounds):  # round 0, or the last round of an earlier start
                 return None
-            defences = self.settings.privacy
-            private = defences.client_dp != "off"
+            private = self.settings.privacy.client_dp != "off"
             if central is not None:
                 measured = self._measured(number, *central(arrays))
             else:
                 metrics = strategy.client_metrics[number]
                 measured = {key: cast(float, metrics[key]) for key in ("accuracy", "loss", "validation_accuracy")}
-                if not private and not defences.example_dp_noise and defences.prompt_counts == "exact":
+                if self._tells_of_clients:
                     measured["client_accuracy"] = strategy.client_accuracy[number]
             phase = "one-shot" if self.settings.synthesizes and number == 1 else "federated"
             sizes = strategy.model_bytes.get(number, [])
@@ -340,12 +340,19 @@ class Session:
                 **({"refused": refused} if refused else {}),
                 **({"unreadable_images": unreadable} if unreadable else {}),
                 **strategy.update_metrics.get(number, {}),
+                **({"client_metrics": more} if (more := strategy.extra_metrics.get(number)) else {}),
                 **({"drawn": list(strategy.draws[number])} if private and number in strategy.draws else {}),
             }
             self._finish_round(number, phase, arrays, measured, sent, strategy.memory())
             return MetricRecord({key: cast(float, measured[key]) for key in ("accuracy", "loss")})
 
         return evaluate
+
+    @property
+    def _tells_of_clients(self) -> bool:
+        """Whether what clients tell beside weights may be accepted and kept: no defence would cover it."""
+        privacy = self.settings.privacy
+        return privacy.client_dp == "off" and not privacy.example_dp_noise and privacy.prompt_counts == "exact"
 
     @property
     def _secret_draw(self) -> bool:

@@ -48,6 +48,7 @@ class FGL(CheckedRounds):
         rounds_done: 0, or the finished rounds of an earlier start; with 1 or more, ``start()`` takes their weights as
             its initial arrays and neither pre-trains nor evaluates them again.
         ledger: Is told what leaves the clients in the rounds; None for nobody.
+        accept_extras: Whether clients may send more than this application reads; see :mod:`strategies.extras`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class FGL(CheckedRounds):
         max_update_norm: float = 0.0,
         rounds_done: int = 0,
         ledger: Ledger | None = None,
+        accept_extras: bool = True,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -84,6 +86,7 @@ class FGL(CheckedRounds):
             max_update_norm=max_update_norm,
             rounds_done=rounds_done,
             ledger=ledger,
+            accept_extras=accept_extras,
         )
         self._prompt_round = prompt_round
         self._synthesize = synthesize

@@ -41,7 +41,7 @@ def went_astray(reply: Message) -> bool:
 
 
 class Refusals:
-    """Counts refusals by client and reason. No reason quotes what a client sent."""
+    """Counts refusals by client and reason. No reason quotes what a client sent, but names that code would have."""
 
     def __init__(self, places: dict[int, int] | None = None) -> None:
         """Begin with none.

@@ -21,17 +21,18 @@ from fgl_app.records import (
     EQUAL_WEIGHT,
     MAX_CLIENTS,
     METRICS,
+    NUM_EXAMPLES,
     PLACE_MESSAGE,
     num_unreadable_of,
     place_of,
     serialized_bytes,
 )
 from fgl_app.rng import numpy_generator
-from strategies import distances
+from strategies import distances, extras
 from strategies.differential_privacy import adds_noise, calibrate, norm_memory, reports_clipping, restore_norm
 from strategies.participation import num_sampled, only_nodes
 from strategies.refusals import Refusals, error_sentence
-from strategies.screening import evaluation_fault, num_examples_told, update_fault
+from strategies.screening import EVALUATED, evaluation_fault, num_examples_told, trained_metrics, update_fault
 from strategies.server_optimizers import (
     begin_from_sent_arrays,
     is_server_optimizer,
@@ -72,6 +73,7 @@ class CheckedRounds(Strategy):
       which sees the trained arrays only. Krum, MultiKrum and Bulyan choose clients by the trained arrays.
     * With ``fraction_train`` below 1 the clients of a round are drawn from the seed and the round's number; Flower
       would draw them from a global generator and node ids that differ in every run.
+    * Clients may send more than this application reads, where :mod:`strategies.extras` allows it.
     * Rounds are numbered on from ``rounds_done``, so that a resumed run sends the numbers it would have sent.
     """
 
@@ -89,6 +91,7 @@ class CheckedRounds(Strategy):
         max_update_norm: float = 0.0,
         rounds_done: int = 0,
         ledger: Ledger | None = None,
+        accept_extras: bool = True,
     ) -> None:
         """Wrap ``inner``.
 
@@ -108,8 +111,15 @@ class CheckedRounds(Strategy):
             max_update_norm: Largest L2 norm of a client's update; 0 for ten times that of the weights it was sent.
             rounds_done: Rounds that came before the first one.
             ledger: Is told what leaves the clients; None for nobody.
+            accept_extras: Whether clients may send metrics and records beside those of this application; never where
+                the inner strategy adds noise, which would not cover them.
+
+        Raises:
+            ConfigError: If they may not, but the inner strategy asks for some.
         """
         self.inner = inner
+        self._extras = extras.Extras.of(inner, accepted=accept_extras and not adds_noise(inner))
+        extras.warn_if_forgetful(inner)
         self.rounds_done = rounds_done
         self._ledger = ledger
         self._num_clients = num_clients
@@ -130,6 +140,8 @@ class CheckedRounds(Strategy):
         """Size of each usable reply to the training messages of a round, as Flower serializes it, by round."""
         self.client_metrics: dict[int, MetricRecord] = {}
         """What the inner strategy made of the clients' evaluation metrics, by round."""
+        self.extra_metrics: dict[int, dict[str, dict[str, float]]] = {}
+        """Means of the metrics that clients sent beside those of this application, by round, exchange and name."""
         self.client_accuracy: dict[int, dict[str, float]] = {}
         """Accuracy that each client measured on test images of its own, 0 to 1, by round and client."""
         self.update_metrics: dict[int, dict[str, float]] = {}
@@ -193,11 +205,14 @@ class CheckedRounds(Strategy):
             told = (num_examples_told(reply) for reply in replies)
             self._ledger.told({count for count in told if count is not None})
         norm_bit, private = reports_clipping(self.inner), adds_noise(self.inner)
+        asked = self._extras.asked(self._asked["train"])
         ordered = self.usable_replies(
             number,
             "train",
             replies,
-            lambda reply: update_fault(reply, sent, self._max_update_norm, norm_bit=norm_bit, must_move=private),
+            lambda reply: update_fault(
+                reply, sent, self._max_update_norm, norm_bit=norm_bit, must_move=private, extras=asked
+            ),
         )
         self.model_bytes[number] = [serialized_bytes(reply) for reply in ordered]
         self._note_unreadable(number, ordered)
@@ -206,8 +221,8 @@ class CheckedRounds(Strategy):
             arrays = content.array_records[ARRAYS]  # Flower's clipping goes by places, not by names
             content[ARRAYS] = ArrayRecord({name: arrays[name] for name in sent})
             # The weight of the unweighted mean is not the client's to choose.
-            for metrics_record in content.metric_records.values():
-                metrics_record[EQUAL_WEIGHT] = 1
+            content.metric_records[METRICS][EQUAL_WEIGHT] = 1
+        self._keep_extra_metrics(number, "train", contents, trained_metrics(norm_bit))
         updates = [content.array_records[ARRAYS] for content in contents]
         if adds_noise(self.inner):  # what is measured on the updates themselves would tell of them
             calibrate(self.inner, len(ordered))
@@ -242,7 +257,9 @@ class CheckedRounds(Strategy):
         number = self.rounds_done + server_round
         if not self._asked["evaluate"]:
             return None
-        ordered = self.usable_replies(number, "evaluate", replies, evaluation_fault)
+        accepted = extras.Extras(accepted=self._extras.accepted)
+        ordered = self.usable_replies(number, "evaluate", replies, lambda reply: evaluation_fault(reply, accepted))
+        self._keep_extra_metrics(number, "evaluate", [reply.content for reply in ordered], EVALUATED)
         metrics = self.inner.aggregate_evaluate(number, ordered)
         if metrics is not None:
             self.client_metrics[number] = metrics
@@ -253,12 +270,13 @@ class CheckedRounds(Strategy):
 
     def memory(self) -> dict[str, torch.Tensor]:
         """Return what the inner strategy remembers between rounds."""
-        return memory_of(self.inner) | norm_memory(self.inner)
+        return memory_of(self.inner) | norm_memory(self.inner) | extras.memory_of(self.inner)
 
     def restore(self, memory: Mapping[str, torch.Tensor]) -> None:
         """Give the inner strategy what it remembered after the last finished round of an earlier start."""
         restore_memory(self.inner, memory)
         restore_norm(self.inner, memory)
+        extras.restore_memory(self.inner, memory)
 
     def summary(self) -> None:
         """Log the inner strategy."""
@@ -368,6 +386,13 @@ class CheckedRounds(Strategy):
         if len(usable) < num_asked:
             log(WARNING, "round %s (%s): %s", number, exchange, failed)
         return [usable[node] for node in sorted(usable, key=lambda node: (self._places.get(node, MAX_CLIENTS), node))]
+
+    def _keep_extra_metrics(
+        self, number: int, exchange: str, contents: Sequence[RecordDict], known: MetricRecord
+    ) -> None:
+        weighted_by = self.inner.weighted_by_key if isinstance(self.inner, FedAvg) else NUM_EXAMPLES
+        if means := extras.take_means(contents, known, weighted_by):
+            self.extra_metrics.setdefault(number, {})[exchange] = means
 
     def _note_unreadable(self, number: int, replies: Iterable[Message]) -> None:
         """Keep how many images each client could not read, and log what was not logged before."""

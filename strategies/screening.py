@@ -7,10 +7,11 @@ from typing import cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fgl_app.records import (
     ARRAYS,
+    CLIENT,
     METRICS,
     NORM_BIT,
     NUM_EXAMPLES,
@@ -19,6 +20,7 @@ from fgl_app.records import (
     training_metrics,
 )
 from fgl_app.training import Evaluation
+from strategies.extras import Extras
 from strategies.updates import STATISTICS, values_of
 
 MAX_EXAMPLES = 10_000_000
@@ -33,6 +35,16 @@ _MOST_GROWTH = {False: 10.0, True: 1000.0}
 """By how much local training may multiply the norm of the weights where `max-update-norm` is 0, and (True) in any case
 that of BatchNorm's statistics: honest training stays far below, and what is above makes the mean useless, or NaN."""
 _NO_EVALUATION = Evaluation(0.0, 0.0, 0, torch.zeros(0))
+EVALUATED = evaluation_metrics(_NO_EVALUATION, _NO_EVALUATION)
+"""Metrics of every answer to ``evaluate``, with values of the right types."""
+_EVALUATED_RECORDS = {METRICS: MetricRecord, CLIENT: ConfigRecord}
+_TRAINED_RECORDS = {ARRAYS: ArrayRecord, **_EVALUATED_RECORDS}
+_NO_EXTRAS = Extras()
+
+
+def trained_metrics(norm_bit: bool) -> MetricRecord:
+    """Return the metrics of every answer to ``train``, with values of the right types."""
+    return MetricRecord({**training_metrics(1, 0.0), **({NORM_BIT: 0} if norm_bit else {})})
 
 
 def update_fault(
@@ -42,6 +54,7 @@ def update_fault(
     *,
     norm_bit: bool = False,
     must_move: bool = False,
+    extras: Extras = _NO_EXTRAS,
 ) -> str | None:
     """Say what is wrong with a client's trained weights w_i.
 
@@ -53,23 +66,26 @@ def update_fault(
             1000 times what it was. Each ||w|| counts as 1 at least.
         norm_bit: Whether the client has to say if it clipped its update.
         must_move: Whether w_i must differ from w; Flower's clipping on the server divides by the norm.
+        extras: What it may hold beside weights and the metrics of this application.
 
     Returns:
-        The reason why it cannot be used, or None. It quotes nothing that the client sent.
+        The reason why it cannot be used, or None. It quotes nothing that the client sent but names of records and
+        metrics, if they are such as code has.
     """
-    expected_metrics = training_metrics(1, 0.0)
-    if norm_bit:
-        expected_metrics[NORM_BIT] = 0
-    fault = _metrics_fault(reply.content, expected_metrics)
+    fault = _metrics_fault(reply.content, trained_metrics(norm_bit), extras)
     if fault is not None:
         return fault
     try:
-        serialized_bytes(reply)
+        size = serialized_bytes(reply)
     except Exception:  # of numbers and texts that Flower's messages cannot hold, but its JSON can
         return "records that are none of Flower's"
     arrays = reply.content.get(ARRAYS)
-    if not isinstance(arrays, ArrayRecord) or len(reply.content.array_records) != 1 or set(arrays) != set(sent):
+    if not isinstance(arrays, ArrayRecord) or set(arrays) != set(sent):
         return "arrays that are not the model's"
+    fault = extras.size_fault(size, sum(len(array.data) for array in sent.values()))
+    fault = fault or extras.records_fault(reply.content, _TRAINED_RECORDS)
+    if fault is not None:
+        return fault
     square = 0.0
     grown = {kind: [0.0, 0.0] for kind in _MOST_GROWTH}  # squares of the norms before and after
     for name, before in sent.items():
@@ -109,9 +125,10 @@ def num_examples_told(reply: Message) -> int | None:
     return cast(int, number) if fits else None
 
 
-def evaluation_fault(reply: Message) -> str | None:
+def evaluation_fault(reply: Message, extras: Extras = _NO_EXTRAS) -> str | None:
     """Say what is wrong with a client's answer to ``evaluate``; None if nothing is."""
-    fault = _metrics_fault(reply.content, evaluation_metrics(_NO_EVALUATION, _NO_EVALUATION))
+    fault = _metrics_fault(reply.content, EVALUATED, extras)
+    fault = fault or extras.records_fault(reply.content, _EVALUATED_RECORDS)
     if fault is None:
         record = reply.content.metric_records[METRICS]
         if not all(0 <= cast(float, record[key]) <= 1 for key in ("accuracy", "validation_accuracy")):
@@ -119,17 +136,21 @@ def evaluation_fault(reply: Message) -> str | None:
     return fault
 
 
-def _metrics_fault(content: RecordDict, expected: MetricRecord) -> str | None:
-    """Compare a reply's only record of metrics with one that has every key; Flower stops the run if one lacks a key."""
+def _metrics_fault(content: RecordDict, expected: MetricRecord, extras: Extras) -> str | None:
+    """Compare a reply's metrics with a record that has every key; Flower stops the run if one lacks a key."""
     record = content.get(METRICS)
-    if not isinstance(record, MetricRecord) or len(content.metric_records) != 1 or set(record) != set(expected):
-        return "metrics that are not those of this exchange"
+    if not isinstance(record, MetricRecord):
+        return "no metrics"
+    for key in sorted(set(expected) - set(record)):
+        return f"metrics without `{key}`"
+    if (fault := extras.metrics_fault(record, expected)) is not None:
+        return fault
     for key, value in expected.items():
         found = record[key]
         if isinstance(found, bool) or not isinstance(found, int if isinstance(value, int) else int | float):
-            return "metrics of other types"
-        if not math.isfinite(found):
-            return "metrics that are not finite"
+            return f"metrics of other types: `{key}`"
+        if isinstance(found, float) and not math.isfinite(found):  # an int may be too large for a float
+            return f"metrics that are not finite: `{key}`"
         if isinstance(value, float) and not 0 <= found <= MAX_LOSS:
             return "a loss or an accuracy that is out of range"
         if isinstance(value, int) and not (1 if key == NUM_EXAMPLES else 0) <= found <= MAX_EXAMPLES:

@@ -78,7 +78,7 @@ def join_statistics(
 
 
 def memory_of(strategy: Strategy) -> dict[str, torch.Tensor]:
-    """Return what a server optimizer remembers between rounds, moments or momentum; empty if nothing."""
+    """Return what a server optimizer of Flower remembers between rounds, moments or momentum; empty if nothing."""
     if isinstance(strategy, FedOpt):
         kept = {key: getattr(strategy, key) or {} for key in _MOMENTS}
         return {f"{key}/{name}": torch.from_numpy(np.array(v)) for key in _MOMENTS for name, v in kept[key].items()}
@@ -96,5 +96,6 @@ def restore_memory(strategy: Strategy, memory: Mapping[str, torch.Tensor]) -> No
                 name.removeprefix(f"{key}/"): value.numpy() for name, value in memory.items() if name.startswith(key)
             }
             setattr(strategy, key, own or None)
-    elif isinstance(strategy, FedAvgM) and memory:
-        strategy.momentum_vector = [memory[f"momentum/{index}"].numpy() for index in range(len(memory))]
+    elif isinstance(strategy, FedAvgM):
+        vectors = [value for name, value in memory.items() if name.startswith("momentum/")]
+        strategy.momentum_vector = [memory[f"momentum/{index}"].numpy() for index in range(len(vectors))] or None

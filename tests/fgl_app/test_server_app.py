@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from fgl_app.cards import load_card
 from fgl_app.checks import check_settings
 from fgl_app.config import parse_run_config
+from fgl_app.errors import RoundError
 from fgl_app.files import read_json_lines
 from fgl_app.phases import initial_arrays
 from fgl_app.privacy.accounting import images_epsilon
@@ -401,6 +402,26 @@ def test_no_sites_accuracy_is_told_where_updates_or_counts_are_private(at_sites,
 
     assert "client_accuracy" not in (folder / "results.json").read_text()
     assert "Accuracy by client" not in write_report(folder).read_text()
+
+
+def test_further_metrics_of_clients_are_kept_with_their_round_unless_updates_are_private(train_rounds):
+    def more(grid):
+        ours = grid.app
+
+        def client(message, context):
+            reply = ours(message, context)
+            if message.metadata.message_type == "train":
+                reply.content["metrics"]["grad_norm"] = 2.5
+            return reply
+
+        grid.app = client
+
+    folder = train_rounds("more", 2, prepare=more, method="fedavg")
+
+    rows = read_json_lines(folder / "metrics.jsonl")
+    assert [row["client_metrics"] for row in rows] == [{"train": {"grad_norm": pytest.approx(2.5)}}] * 2
+    with pytest.raises(RoundError, match="a metric `grad_norm`, which neither noise nor withheld counts protect"):
+        train_rounds("private", 1, prepare=more, method="fedavg", prompt_counts="withheld", weighting="uniform")
 
 
 def test_clients_that_train_privately_withhold_their_losses(make_grid, settings):

@@ -54,7 +54,7 @@ def test_an_honest_update_passes():
         ({"arrays": {"weight": forged(b"x" * 100_000)}}, "shapes and types"),
         ({"arrays": {"weight": Array("float32", (2**40,), "numpy.ndarray", b"")}}, "none of Flower's"),
         ({"arrays": {"weight": Array("\ud800", (2, 3), "numpy.ndarray", b"")}}, "none of Flower's"),
-        ({"more": {"odd": ConfigRecord({"number": 2**70})}}, "none of Flower's"),
+        ({"more": {"client": ConfigRecord({"number": 2**70})}}, "none of Flower's"),
         ({"arrays": {"weight": array([[np.nan, 0, 0], [0, 0, 0]])}}, "not finite"),
         ({"arrays": {"weight": array([[np.inf, 0, 0], [0, 0, 0]])}}, "not finite"),
         ({"metrics": {"num-examples": 0}}, "out of range"),
@@ -65,9 +65,9 @@ def test_an_honest_update_passes():
         ({"metrics": {"loss": 1.7e308}}, "a loss or an accuracy that is out of range"),
         ({"metrics": {"loss": 1.1e9}}, "a loss or an accuracy that is out of range"),
         ({"metrics": {"train_loss": -1.0}}, "a loss or an accuracy that is out of range"),
-        ({"metrics": {"one-more": 1}}, "not those of this exchange"),
-        ({"more": {"second": MetricRecord({"num-examples": 1})}}, "not those of this exchange"),
-        ({"more": {"second": ArrayRecord({"weight": array([1.0])})}}, "not the model's"),
+        ({"metrics": {"one-more": float("nan")}}, "`one-more` that is not finite"),
+        ({"more": {"second": MetricRecord({"num-examples": 1})}}, "`second` that the strategy does not declare"),
+        ({"more": {"second": ArrayRecord({"weight": array([1.0])})}}, "`second` that the strategy does not declare"),
     ],
 )
 def test_an_update_that_breaks_a_rule_is_named(changed, fault):
