@@ -183,7 +183,9 @@ def _epsilon_table(experiment: Experiment, results: Results, part: str) -> Table
         found = [epsilon_of(experiment, results, row.name, column, part) for column in experiment.columns]
         if any(value is not None for value in found):
             rows.append([row.name, *("—" if value is None else f"{value:.2f}" for value in found)])
-    caption = "Of one image, or else of one client; each run's results.json says what it hides, and at which delta."
+    caption = (
+        "Of one image, or else of one client; each run's results.json names the relation, the adversary and delta."
+    )
     return Table(caption, ["", *experiment.columns], rows) if rows else None
 
 

@@ -256,5 +256,5 @@ def test_the_page_states_epsilon_of_the_rounds_and_what_has_no_bound(make_fedavg
     assert "nothing hides it in the model of every round" in half
     assert "<td>8.00</td>" in half
     assert "is bounded by epsilon" in private
-    assert "Not bounded: its class and the numbers of prompts and of images (prompts)" in private
+    assert "Not bounded: its class and domain, and how many images have them (prompts)" in private
     assert "<h2>Privacy</h2>" not in write_report(make_fedavg()).read_text()
