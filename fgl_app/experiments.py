@@ -194,8 +194,11 @@ def cumulative_upload(experiment: Experiment, results: Results, row: str, column
 
 
 def seconds_of(row: Mapping[str, Any]) -> float:
-    """Return a round's wall-clock seconds; images that another run drew into the common store are charged again."""
-    return float(row["seconds"]) + float(row.get("reused_seconds", 0.0))
+    """Return a round's wall-clock seconds; images that another run drew into the common store are charged again.
+
+    NaN where the run keeps them secret, because they could tell which clients were drawn.
+    """
+    return float(row.get("seconds", "nan")) + float(row.get("reused_seconds", 0.0))
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:

@@ -283,11 +283,16 @@ def serialized_bytes(message: Message) -> int:
     records = 0
     for key, record in message.content.items():
         if isinstance(record, ArrayRecord):
-            arrays = sum(_field(_field(len(name.encode())) + _array_bytes(array)) for name, array in record.items())
-            records += _field(_field(len(key.encode())) + _field(arrays))
+            records += arrays_bytes(key, record)
         else:
             records += recorddict_to_proto(RecordDict({key: record})).ByteSize()
     return _field(metadata_to_proto(message.metadata).ByteSize()) + _field(records)
+
+
+def arrays_bytes(key: str, arrays: ArrayRecord) -> int:
+    """Size of a record of arrays in a message, as Flower's protocol buffers serialize it under ``key``."""
+    content = sum(_field(_field(len(name.encode())) + _array_bytes(array)) for name, array in arrays.items())
+    return _field(_field(len(key.encode())) + _field(content))
 
 
 def _array_bytes(array: Array) -> int:

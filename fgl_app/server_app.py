@@ -151,6 +151,9 @@ class Session:
                 timeout=self.settings.policy.round_deadline_s,
                 evaluate_fn=self._evaluate_fn(strategy, offset),
             )
+        if self._secret_draw:  # a slow client that was drawn makes them long
+            for phase in ("rounds", "total"):
+                self.stopwatch.seconds.pop(phase, None)
 
     def results(self) -> dict[str, Any]:
         """Build the content of ``results.json``."""
@@ -356,7 +359,7 @@ class Session:
 
     @property
     def _secret_draw(self) -> bool:
-        """Whether amplification by sampling counts on nobody's knowing who was drawn."""
+        """Whether differential privacy relies on nobody's learning who was drawn: nothing written may tell."""
         return self.settings.privacy.client_dp != "off" and self.settings.training.fraction_train < 1
 
     def _measured(self, number: int, validation: Evaluation, test: Evaluation) -> dict[str, Any]:
@@ -397,7 +400,7 @@ class Session:
             "phase": phase,
             **measured,
             **{"model_upload_bytes": 0, "upload_bytes": 0, **sent},
-            "seconds": round(now - self._round_started, 3),
+            **({} if self._secret_draw and phase != "one-shot" else {"seconds": round(now - self._round_started, 3)}),
         }
         self._round_started = now
         self.folder.save_round(row, arrays, memory)

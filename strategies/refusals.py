@@ -12,6 +12,7 @@ from fgl_app.errors import ApprovalError, ConfigError, DataError, FGLError, Mode
 
 UNREADABLE = 200
 """Code of the error that takes the place of a reply that Flower cannot read, or that answers no question of ours."""
+WITHHELD = "Withheld, because it could tell who was drawn; the server's log has the reasons."
 _ASTRAY = {  # Flower's own; see flwr.common.constant.ErrorCode
     3: "No reply came before the message expired.",
     4: "Its reply came too late.",
@@ -74,16 +75,12 @@ class Refusals:
         """Return the refusals for ``results.json``; ``node`` is Flower's id, which a client cannot choose.
 
         Args:
-            named: Whether rows say whose they are; without, ``client`` and ``node`` are None.
+            named: Whether rows say whose they are, and why. Without, one row counts them all: a reason tells who was
+                drawn to anybody who knows whose images cannot be read.
         """
         if not named:
-            counts: Counter[str] = Counter()
-            for (_, reason), count in self._counts.items():
-                counts[reason] += count
-            return [
-                {"client": None, "node": None, "reason": reason, "count": count}
-                for reason, count in sorted(counts.items())
-            ]
+            count = sum(self._counts.values())
+            return [{"client": None, "node": None, "reason": WITHHELD, "count": count}] if count else []
         return [
             {"client": self.places.get(node), "node": str(node), "reason": reason, "count": count}
             for (node, reason), count in sorted(self._counts.items())

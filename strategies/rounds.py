@@ -23,6 +23,7 @@ from fgl_app.records import (
     METRICS,
     NUM_EXAMPLES,
     PLACE_MESSAGE,
+    arrays_bytes,
     num_unreadable_of,
     place_of,
     serialized_bytes,
@@ -126,6 +127,8 @@ class CheckedRounds(Strategy):
         self.class_names: tuple[str, ...] = tuple(class_names)
         self._fraction_train = fraction_train
         self._seed = seed
+        self._secret_draw = seed is None and fraction_train < 1
+        """Whether differential privacy relies on nobody's learning who was drawn: what is kept must not tell."""
         self._parameters = parameters
         self._splits_statistics = is_server_optimizer(inner)
         self._trained: Collection[str] = ()
@@ -137,7 +140,8 @@ class CheckedRounds(Strategy):
         self._max_update_norm = max_update_norm
         self._asked: dict[str, list[Message]] = {}
         self.model_bytes: dict[int, list[int]] = {}
-        """Size of each usable reply to the training messages of a round, as Flower serializes it, by round."""
+        """Size of each usable reply to the training messages of a round, as Flower serializes it, by round. Where the
+        draw is secret, the size of the arrays that were sent: the size of a reply depends on its sender."""
         self.client_metrics: dict[int, MetricRecord] = {}
         """What the inner strategy made of the clients' evaluation metrics, by round."""
         self.extra_metrics: dict[int, dict[str, dict[str, float]]] = {}
@@ -214,7 +218,10 @@ class CheckedRounds(Strategy):
                 reply, sent, self._max_update_norm, norm_bit=norm_bit, must_move=private, extras=asked
             ),
         )
-        self.model_bytes[number] = [serialized_bytes(reply) for reply in ordered]
+        if self._secret_draw:
+            self.model_bytes[number] = [arrays_bytes(ARRAYS, sent)] * len(ordered)
+        else:
+            self.model_bytes[number] = [serialized_bytes(reply) for reply in ordered]
         self._note_unreadable(number, ordered)
         contents = [reply.content for reply in ordered]
         for content in contents:
@@ -235,7 +242,8 @@ class CheckedRounds(Strategy):
         if statistics:
             assert isinstance(self.inner, FedAvg)
             new = join_statistics(new, statistics, self.inner.weighted_by_key, list(self._dtypes))
-        return restore_integers(new, self._dtypes), metrics
+        # Flower logs these means, on which there is no noise: of the losses and of who clipped its update.
+        return restore_integers(new, self._dtypes), None if private else metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -399,9 +407,8 @@ class CheckedRounds(Strategy):
         counts = {reply.metadata.src_node_id: num_unreadable_of(reply) for reply in replies}
         names = self.refusals[number].names_of(counts)
         found = {names[node]: count for node, count in counts.items() if count}
-        secret = self._seed is None and self._fraction_train < 1  # nobody may know who was drawn
         for client, count in found.items():
-            if not secret and self._unreadable_told.get(client) != count:
+            if not self._secret_draw and self._unreadable_told.get(client) != count:
                 log(WARNING, "round %s (train): client %s cannot read %s images", number, client, count)
         self._unreadable_told |= found
         self.unreadable_images[number] = found

@@ -1,5 +1,6 @@
 import csv
 import io
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fgl_app.comparison import compare, typed
 from fgl_app.config import APP_FOLDER
 from fgl_app.errors import ConfigError
 from fgl_app.experiment_reader import load_experiment, read_experiment
-from fgl_app.experiments import accuracies, epsilon_of, mean_and_sd
+from fgl_app.experiments import accuracies, epsilon_of, mean_and_sd, seconds_of
 from fgl_app.reporting.comparison_figures import _column_points, _round_points, draw
 from fgl_app.reporting.comparison_tables import write_tables
 from fgl_app.simulation import _value
@@ -398,3 +399,8 @@ def test_accuracy_against_epsilon_has_a_logarithmic_axis_and_levels_to_compare_w
 def test_a_figure_of_epsilon_says_whose_epsilon_it_is(write, figure, named):
     with pytest.raises(ConfigError, match=named):
         load_experiment(write(figures=[figure]))
+
+
+def test_seconds_that_a_run_keeps_secret_are_not_a_number():
+    assert math.isnan(seconds_of({"round": 2, "accuracy": 0.5}))
+    assert seconds_of({"seconds": 2.0, "reused_seconds": 1.0}) == 3.0

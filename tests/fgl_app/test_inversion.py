@@ -1,10 +1,14 @@
+import itertools
+import statistics
+
 import pytest
 import torch
 from transformers import AutoTokenizer, CLIPTextModel
 
-from clients.embedding import TextEncoder, embed_prompts
+from clients.embedding import TextEncoder, calibrated_multiplier, embed_prompts, extended
 from fgl_app import tiny
 from fgl_app.audit.encoders import NOISE_SCALES, invert_embeddings
+from fgl_app.cards import load_card
 from fgl_app.privacy.inversion import CERTAIN_ERROR, Inverter, noise_curve, recovered_share
 from fgl_app.prompts import PromptCount
 
@@ -57,6 +61,31 @@ def test_clipping_hides_nothing_and_noise_does(encoder):
     right = [recovered_share(guess, text) for text, guess in zip(TEXTS, noisy.texts, strict=True)]
     assert sum(right) / len(right) < 0.5
     assert noisy.shares == []
+
+
+STYLES = (("thin", "medium", "bold"), ("left leaning", "upright", "right leaning"), ("narrow", "regular", "wide"))
+
+
+def test_who_knows_how_captions_are_built_finds_most_words_whatever_the_noise(encoder):
+    """The numbers that SECURITY.md names; the noise is drawn here, so that one seed gives one number."""
+    generator, clip, epsilon = torch.Generator().manual_seed(0), 20.0, 8.0
+    # Replacing an embedding of norm C by another moves it by 2 C at most.
+    deviation = 2 * clip * calibrated_multiplier(epsilon, 1e-5)
+    with_noise, from_the_prior, without_noise = [], [], []
+    for name in (item.prompt for item in load_card("digits").classes):  # the class is sent in clear
+        texts = [f"{name}, a {' '.join(words)} handwritten {name}" for words in itertools.product(*STYLES)]
+        known = torch.stack([extended(each, encoder.context_length).flatten() for each in encoder(texts)])
+        known *= (clip / known.norm(dim=1, keepdim=True)).clamp(max=1)
+        shares = [[recovered_share(sent, guess) for guess in texts] for sent in texts]
+        for row, embedding in enumerate(known):
+            noisy = embedding + deviation * torch.randn(embedding.shape, generator=generator)
+            with_noise.append(shares[row][int((known - noisy).norm(dim=1).argmin())])
+            without_noise.append(shares[row][int((known - embedding).norm(dim=1).argmin())])
+            from_the_prior.append(max(map(statistics.fmean, zip(*shares, strict=True))))
+
+    assert statistics.fmean(without_noise) == 1
+    assert statistics.fmean(with_noise) == pytest.approx(0.74, abs=0.02)
+    assert statistics.fmean(from_the_prior) == pytest.approx(0.74, abs=0.005)
 
 
 def test_a_token_that_is_not_tried_is_not_found_and_the_error_tells():
