@@ -176,20 +176,31 @@ def approve_command(
     ] = None,
     reject: Annotated[bool, typer.Option("--reject", help="Never send these prompts.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Approve without showing the prompts and asking.")] = False,
+    show_log: Annotated[bool, typer.Option("--log", help="List all decisions that were made on this node.")] = False,
 ) -> None:
     """On a client: show what a run would send of one's prompts, and approve or reject exactly that."""
-    from clients.approval import approvals_folder, decide, pending, read_preview
+    from clients.approval import approvals_folder, decide, decisions, pending, read_preview
 
     folder = approvals_folder()
-    if name is None:
-        typer.echo("\n".join(pending(folder)) or "nothing waits for approval")
+    if show_log:
+        typer.echo("\n".join(decisions(folder)) or "nothing was decided yet")
         return
-    run_name, rows = read_preview(name, folder)
+    if name is None:
+        waiting = [read_preview(each, folder).summary() for each in pending(folder)]
+        typer.echo("\n".join(waiting) or "nothing waits for approval")
+        return
+    preview = read_preview(name, folder)
     if not (yes or reject):
-        typer.echo(f"run {run_name}: class, images, prompt")
-        for class_name, count, prompt in rows:
+        typer.echo(f"run {preview.run}: class, images, prompt")
+        for class_name, count, prompt in preview.rows:
             typer.echo(f"{class_name}\t{count}\t{prompt}")
-        if not typer.confirm("Send these prompts to the server?"):
+        weights = (
+            f" This node then also trains in the run's {preview.rounds} rounds, and sends its weights after each."
+            if preview.rounds
+            else ""
+        )
+        if not typer.confirm(f"Send these prompts to the server?{weights}"):
+            typer.echo(f"nothing is sent; it still waits; `fgl approve {name} --reject` refuses it for good")
             return
     decide(name, folder, approve=not reject)
     typer.echo("rejected" if reject else "approved")

@@ -235,6 +235,7 @@ class Session:
             min_senders=self.settings.privacy.min_clients_per_prompt,
             class_prompt=self._class_prompt,
             deadline_s=policy.prompt_deadline_s,
+            approved_by_owners=self.settings.privacy.require_approval,
             before_asking=self.ledger.asked_for_prompts,
         )
 

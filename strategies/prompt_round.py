@@ -39,6 +39,8 @@ from strategies.refusals import Refusals, error_sentence, went_astray
 _POLL_S = 0.5
 _ASK_AGAIN_S = 5.0
 _MOST_TIMES_ASKED = 4
+_SAY_AFTER_S = 60.0
+_SAY_AT_MOST_EVERY_S = 3600.0
 _TTL_MARGIN_S = 3600.0
 """A question outlives the deadline by so much, so that a late client can still answer while images are drawn."""
 
@@ -57,6 +59,7 @@ class PromptRound:
         min_senders: Least number of clients that must have sent a text.
         class_prompt: What takes the place of a text that fewer sent: the prompt of a class name and a domain.
         deadline_s: Seconds that :meth:`wait` waits.
+        approved_by_owners: Whether every client waits for its owner's approval before it answers.
         before_asking: Is called before any node is asked for the first time, for the second, and so on: each answer may
             draw new noise.
     """
@@ -74,6 +77,7 @@ class PromptRound:
         min_senders: int = 1,
         class_prompt: Callable[[str, str], str] = lambda class_name, domain: class_name,
         deadline_s: float = 3600.0,
+        approved_by_owners: bool = False,
         before_asking: Callable[[], None] = lambda: None,
     ) -> None:
         """See the class."""
@@ -87,6 +91,7 @@ class PromptRound:
         self._min_senders = min_senders
         self._class_prompt = class_prompt
         self._deadline_s = deadline_s
+        self._approved_by_owners = approved_by_owners
         self._before_asking = before_asking
         self._asked: Counter[int] = Counter()  # how many times each node was
         self._lost: set[int] = set()
@@ -129,14 +134,27 @@ class PromptRound:
         """
         end = time.monotonic() + self._deadline_s
         ask_again = time.monotonic() + _ASK_AGAIN_S
+        until = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + self._deadline_s)).strip()
+        pause = _SAY_AFTER_S
+        say_at = time.monotonic() + (0.0 if self._approved_by_owners else pause)
         while (self._take_in() or self._may_reach(least)) and time.monotonic() < end:
             time.sleep(min(_POLL_S, self._deadline_s))
             if time.monotonic() > ask_again:
                 self.ask(self._grid.get_node_ids())
                 ask_again = time.monotonic() + _ASK_AGAIN_S
+            if time.monotonic() > say_at:
+                self._say_who_is_waited_for(until)
+                say_at, pause = time.monotonic() + pause, min(2 * pause, _SAY_AT_MOST_EVERY_S)
         log(INFO, "[ROUND 1] prompts of %s of %s clients", len(self._uploads), len(self._asked))
         if self._open:
             log(WARNING, "prompt round: %s clients did not reply in time", len(self._open))
+
+    def _say_who_is_waited_for(self, until: str) -> None:
+        told = f"prompt round: replies from {len(self._asked) - len(self._open)} of {len(self._asked)} clients so far"
+        if self._approved_by_owners and self._open:
+            log(INFO, "%s; waiting for the approval of %s sites' owners, until %s", told, len(self._open), until)
+        else:
+            log(INFO, "%s, until %s; sites may be waiting for their owner's approval", told, until)
 
     def listen(self, *, ask: bool = True) -> None:
         """Ask clients that connected meanwhile, or are back, unless it is too late, and take in late replies."""
