@@ -49,6 +49,23 @@ def caption_filter(
     return defend
 
 
+class CountedFilter:
+    """Applies defences to captions, and counts what they did."""
+
+    def __init__(self, defend: CaptionFilter) -> None:
+        """Begin with no captions."""
+        self._defend = defend
+        self.captions = self.changed = self.emptied = 0
+
+    def __call__(self, caption: str) -> str:
+        """Return what may leave the client of a caption."""
+        left = self._defend(caption)
+        self.captions += 1
+        self.changed += left != caption
+        self.emptied += bool(caption) and not left
+        return left
+
+
 def scrub(caption: str, lexicon: Lexicon, public: frozenset[str], *, strict: bool) -> str:
     """Remove what may identify somebody: contacts, numbers, names and places.
 

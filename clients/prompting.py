@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from logging import WARNING
 
 import torch
+from flwr.common.logger import log
 
 from clients.defences import CaptionFilter
 from fgl_app.cards import PromptForm
 from fgl_app.data.images import ImageSet
-from fgl_app.prompts import PromptCount, class_prompts, instance_prompts, printable, visible
+from fgl_app.errors import PromptError
+from fgl_app.files import sha256
+from fgl_app.prompts import (
+    MAX_PROMPT_CHARS,
+    PromptCount,
+    PromptLimits,
+    class_prompts,
+    instance_prompts,
+    printable,
+    screen_prompts,
+    visible,
+)
 
 Captioner = Callable[[torch.Tensor], list[str]]
 """From uint8 images ``[N, 3, S, S]`` to N captions."""
@@ -24,6 +37,7 @@ def write_prompts(
     num_prompts_per_class: int,
     captioner: Captioner | None,
     defend: CaptionFilter = str,
+    max_chars: int = MAX_PROMPT_CHARS,
 ) -> list[PromptCount]:
     """Turn a client's images into distinct prompts with counts; no image and no file name is in them.
 
@@ -35,6 +49,10 @@ def write_prompts(
         num_prompts_per_class: Templates used per class at class level.
         captioner: Captions each image (instance level); None for class-level prompts.
         defend: Takes out of a caption what must not leave the client.
+        max_chars: Longest prompt, characters. Captions are cut behind the defences, which might not know half a name.
+
+    Raises:
+        PromptError: If a prompt of a class name is longer.
     """
     # What hides from a defence in odd characters must not appear behind it, when the prompt is made printable.
     captions = (
@@ -49,8 +67,57 @@ def write_prompts(
         form = form_of(name)
         if captions is None:
             templates = form.class_templates[:num_prompts_per_class]
-            prompts += class_prompts(labels, class_names, templates, name or "")
+            prompts += class_prompts(labels, class_names, templates, name or "", max_chars)
         else:
             chosen = [captions[row] for row in rows]
-            prompts += instance_prompts(labels, chosen, class_names, form.instance_template, name or "")
+            prompts += instance_prompts(labels, chosen, class_names, form.instance_template, name or "", max_chars)
     return sorted(prompts)
+
+
+def fit_limits(
+    prompts: Sequence[PromptCount],
+    class_names: Sequence[str],
+    limits: PromptLimits,
+    *,
+    known_classes: Sequence[str] = (),
+    domains: Sequence[str] = (),
+) -> list[PromptCount]:
+    """Leave out what the server would refuse, and say so in the log, where the owner can read it.
+
+    Args:
+        prompts: Distinct prompts of the client.
+        class_names: Names that are sent with them; labels index them.
+        limits: What the server accepts of one client, as far as clients know it.
+        known_classes: The run's classes; empty where the clients' are united.
+        domains: The run's domains.
+
+    Returns:
+        The prompts that the server accepts. Of too many, those that stand for most images, from every class one at
+        least.
+
+    Raises:
+        PromptError: If the client has more classes than the run may have.
+    """
+    num_classes = len({item.label for item in prompts})
+    if not known_classes and num_classes > limits.max_classes:
+        raise PromptError(
+            f"This client has images of {num_classes} classes, and `max-classes` allows a run {limits.max_classes}. "
+            "Use a larger value, or fewer folders."
+        )
+    by_row = {(class_names[item.label], item.prompt, item.domain): item for item in _most_frequent_first(prompts)}
+    rows = [[name, item.count, text, domain] for (name, text, domain), item in by_row.items()]
+    kept, refused = screen_prompts(rows, limits, class_names=known_classes, domains=domains)
+    for reason, count in sorted(refused.items()):
+        log(
+            WARNING, "%s of %s prompts are not sent, because the server would refuse them: %s", count, len(rows), reason
+        )
+    return sorted(by_row[item.class_name, item.prompt, item.domain] for item in kept)
+
+
+def _most_frequent_first(prompts: Sequence[PromptCount]) -> list[PromptCount]:
+    """Order prompts by their counts, the most frequent of each class before all others; a hash breaks ties."""
+    ordered = sorted(prompts, key=lambda item: (-item.count, sha256(item.prompt.encode())))
+    first: dict[int, PromptCount] = {}
+    for item in ordered:
+        first.setdefault(item.label, item)
+    return [*first.values(), *(item for item in ordered if first[item.label] is not item)]

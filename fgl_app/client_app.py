@@ -19,13 +19,14 @@ from torch import nn
 from clients.approval import approvals_folder, check_approved, wait_for_approval
 from clients.defences import (
     CaptionFilter,
+    CountedFilter,
     caption_filter,
     noise_counts,
     randomize_classes,
     withhold_counts,
 )
 from clients.local_training import evaluate_held_out, train_locally
-from clients.prompting import Captioner, write_prompts
+from clients.prompting import Captioner, fit_limits, write_prompts
 from fgl_app import tiny
 from fgl_app.config import parse_run_config
 from fgl_app.data.findings import listed
@@ -35,7 +36,7 @@ from fgl_app.files import canonical_json, sha256
 from fgl_app.foundation_models import identity_of, text_shape
 from fgl_app.models import build_model, from_arrays, to_arrays
 from fgl_app.privacy.prompt_leaks import public_words
-from fgl_app.prompts import PromptCount, class_prompts
+from fgl_app.prompts import PromptCount, PromptLimits, class_prompts, read_blocked_words
 from fgl_app.records import (
     ARRAYS,
     CLASS_NAMES,
@@ -105,6 +106,7 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
     if settings.prompts.noises_each_image:
         shape = text_shape(settings.synthesis.generator, settings.synthesis.generator_revision)
         check_embeddings_fit(len(data.train), *shape, settings.policy.max_prompts_per_client)
+    defend = CountedFilter(_caption_filter(settings, data.class_names) if by_caption else str)
     written = write_prompts(
         data.train,
         called,
@@ -112,11 +114,22 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
         domains=settings.card.domains,
         num_prompts_per_class=settings.prompts.num_prompts_per_class,
         captioner=_captioner(settings, context) if by_caption else None,
-        defend=_caption_filter(settings, data.class_names) if by_caption else str,
+        defend=defend,
+        max_chars=settings.policy.max_prompt_chars,
     )
     written = _with_private_counts(written, settings, called)
+    written = fit_limits(
+        written,
+        data.class_names,
+        _limits_known(settings, len(written)),
+        known_classes=settings.card.class_names(),
+        domains=settings.card.domains,
+    )
     if not written:
-        raise PromptError("The defences must leave some prompts to send, but left none. Use a larger epsilon.")
+        raise PromptError(
+            "No prompt is left to send: the noise on counts, or what the server refuses, left none. The lines above "
+            "say what was refused; otherwise use a larger epsilon."
+        )
     if _needs_approval(settings, context):
         wait_for_approval(
             written,
@@ -125,10 +138,13 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
             _terms(settings),
             approvals_folder(),
             settings.policy.prompt_deadline_s,
+            settings.run.num_server_rounds - 1,
         )
     upload = Upload(written, data.class_names)
     if settings.prompts.prompt_level == "embedding":
         upload = _embedded(written, settings, data)
+    if by_caption and _tells_what_was_changed(settings):
+        upload = dataclasses.replace(upload, defended=(defend.captions, defend.changed, defend.emptied))
     log(INFO, "client %s sends %s distinct prompts", data.partition_id, len(upload.prompts))
     return prompts_reply(upload, _told(len(data.train), settings), data.partition_id, _unreadable_told(data, settings))
 
@@ -210,6 +226,28 @@ def _told(num_images: int, settings: Settings) -> int:
     return num_images if settings.privacy.prompt_counts == "exact" else min(1, num_images)
 
 
+def _tells_what_was_changed(settings: Settings) -> bool:
+    """Whether the server is told how many captions the defences changed, which depends on what each caption says."""
+    return settings.privacy.prompt_counts == "exact" and not settings.prompts.embedding_epsilon
+
+
+def _limits_known(settings: Settings, num_prompts: int) -> PromptLimits:
+    """Return what the server accepts of one client, as far as the client may act on it.
+
+    A file of blocked words lies at the server. And where noise hides what the prompt of an image says, none may be left
+    out for what it says: how many were sent would tell.
+    """
+    policy = settings.policy
+    in_file = policy.blocked_words.startswith(("/", "~"))
+    hidden = settings.prompts.embedding_epsilon > 0
+    return PromptLimits(
+        num_prompts if hidden else policy.max_prompts_per_client,
+        policy.max_prompt_chars,
+        () if in_file or hidden else read_blocked_words(policy.blocked_words),
+        policy.max_classes,
+    )
+
+
 def _unreadable_told(data: ClientData, settings: Settings) -> int:
     return data.num_unreadable if settings.privacy.prompt_counts == "exact" else 0
 
@@ -266,7 +304,7 @@ def _with_private_counts(
             {item.label for item in written}, len(class_names), privacy.classes_epsilon, generator
         )
         templates = settings.prompt_form().class_templates[: settings.prompts.num_prompts_per_class]
-        written = class_prompts(labels, class_names, templates)
+        written = class_prompts(labels, class_names, templates, max_chars=settings.policy.max_prompt_chars)
     if privacy.prompt_counts == "noised":
         return noise_counts(written, privacy.counts_epsilon, privacy.counts_delta, generator)
     return withhold_counts(written) if privacy.prompt_counts == "withheld" else written

@@ -31,6 +31,7 @@ EQUAL_WEIGHT = "equal-weight"
 NORM_BIT = "norm_bit"
 """Metric of Flower's adaptiveclipping_mod: 1 if the client clipped its update."""
 NUM_UNREADABLE = "num-unreadable"
+DEFENDED = "defended"
 PARTITION_ID = "partition-id"
 PAYLOAD, EMBEDDINGS = "payload", "embeddings"
 CLASS_NAMES = "class-names"
@@ -47,6 +48,7 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,:\[{]', re.DOTALL)
 """Begins a value of JSON or ends one; the last quote may be absent, so that nothing is searched through twice."""
 MAX_CLIENTS = 1_000_000
 MAX_UNREADABLE = 10_000_000
+MAX_CAPTIONS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,24 @@ class Upload:
     """The label space: the run's, or the client's own where the run has none yet."""
     embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """At the level of embeddings: float16 ``[T, D]`` by the name that stands in the place of a prompt's text."""
+    defended: tuple[int, int, int] | None = None
+    """Captions written, of them changed by the client's defences, and of those such that nothing was left; None if that
+    is not told."""
 
 
 def encode_prompts(upload: Upload) -> bytes:
-    """Pack prompts for the upload: zlib-compressed UTF-8 JSON, ``[[class name, count, prompt(, domain)], ...]``."""
+    """Pack prompts for the upload: zlib-compressed UTF-8 JSON, ``[[class name, count, prompt(, domain)], ...]``.
+
+    Raises:
+        PromptError: If they are more than the server unpacks.
+    """
     rows = [
         [upload.class_names[item.label], item.count, item.prompt, *([item.domain] if item.domain else [])]
         for item in upload.prompts
     ]
-    return zlib.compress(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode(), 9)
+    raw = json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()
+    _check_size("prompts", len(raw), "`max-prompts-per-client`, `max-prompt-chars` or `max-caption-words`")
+    return zlib.compress(raw, 9)
 
 
 def decode_prompts(payload: bytes, max_prompts: int = 0) -> list[object]:
@@ -100,6 +111,14 @@ def decode_prompts(payload: bytes, max_prompts: int = 0) -> list[object]:
     return rows
 
 
+def _check_size(what: str, num_bytes: int, remedy: str) -> None:
+    if num_bytes > MAX_PAYLOAD_BYTES:
+        raise PromptError(
+            f"The {what} of this client take {num_bytes:,} bytes, and the server accepts {MAX_PAYLOAD_BYTES:,} of one "
+            f"client. Use a smaller {remedy}."
+        )
+
+
 def label_prompts(named: Iterable[NamedPrompt], class_names: Sequence[str]) -> list[PromptCount]:
     """Turn the class names of screened prompts into labels of the run's label space."""
     labels = {name: label for label, name in enumerate(class_names)}
@@ -124,10 +143,17 @@ def prompts_reply(upload: Upload, num_examples: int, partition_id: int, num_unre
         num_examples: Training images of the client.
         partition_id: Its place among the clients.
         num_unreadable: Files among its images that could not be read.
+
+    Raises:
+        PromptError: If it would be larger than what the server accepts.
     """
     record = ConfigRecord({PAYLOAD: encode_prompts(upload)})
     if upload.embeddings:
-        record[EMBEDDINGS] = save(dict(upload.embeddings))
+        packed = save(dict(upload.embeddings))
+        _check_size("embeddings", len(packed), "`max-prompts-per-client`, or `embedding-summary` mean or clusters")
+        record[EMBEDDINGS] = packed
+    if upload.defended is not None:
+        record[DEFENDED] = list(upload.defended)
     return RecordDict(
         {
             PROMPTS: record,
@@ -142,6 +168,16 @@ def num_unreadable_of(message: Message) -> int:
     record = message.content.get(CLIENT)
     number = record.get(NUM_UNREADABLE) if isinstance(record, ConfigRecord) else None
     return number if type(number) is int and 0 < number <= MAX_UNREADABLE else 0
+
+
+def defended_of(message: Message) -> tuple[int, int, int] | None:
+    """Return what a client says its defences did, as :attr:`Upload.defended`; None if it says nothing that can be."""
+    record = message.content.get(PROMPTS)
+    told = record.get(DEFENDED) if isinstance(record, ConfigRecord) else None
+    if not isinstance(told, list) or len(told) != 3 or any(type(number) is not int for number in told):
+        return None
+    captions, changed, emptied = (cast(int, number) for number in told)
+    return (captions, changed, emptied) if 0 <= emptied <= changed <= captions <= MAX_CAPTIONS else None
 
 
 def payload_of(message: Message) -> bytes:

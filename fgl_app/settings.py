@@ -229,9 +229,10 @@ class PolicySettings:
     round_deadline_s: float
     """Seconds to wait for the replies in a round; slower clients are left out of it."""
     max_prompts_per_client: int
-    """Distinct prompts accepted of one client."""
+    """Distinct prompts accepted of one client, which sends those that stand for most images."""
     max_prompt_chars: int
-    """Longest prompt accepted, characters."""
+    """Longest prompt, characters: clients cut what their captioner says behind it, and the server accepts no longer
+    one. A prompt of a class name must fit."""
     max_classes: int
     """Most classes where the label space is the union of the clients' class names; what would exceed it is refused,
     of the clients that name most classes first."""

@@ -17,6 +17,7 @@ from fgl_app.errors import PromptError
 from fgl_app.prompts import (
     MergedPrompts,
     NamedPrompt,
+    PromptCount,
     PromptLimits,
     limit_shares,
     merge_prompts,
@@ -27,6 +28,7 @@ from fgl_app.records import (
     CONFIG,
     PROMPTS_MESSAGE,
     decode_prompts,
+    defended_of,
     embeddings_of,
     label_prompts,
     num_unreadable_of,
@@ -99,6 +101,9 @@ class PromptRound:
         self._uploads: dict[int, list[NamedPrompt]] = {}
         self._embeddings: dict[str, torch.Tensor] = {}
         self._unreadable: dict[int, int] = {}
+        self._defended: dict[int, tuple[int, int, int]] = {}
+        self._replaced: list[PromptCount] = []
+        self._cut: list[PromptCount] = []
         self._late: set[int] = set()
         self.refusals = Refusals()
         self.message_bytes: list[int] = []
@@ -186,11 +191,18 @@ class PromptRound:
         class_names = self._class_names or self._unite_classes()
         labelled = [label_prompts(named, class_names) for named in self._uploads.values()]
         limited = limit_shares(labelled, self._max_client_share, self._uniform)
-        prompts = merge_prompts(
-            require_senders(
-                limited, self._min_senders, lambda label, domain: self._class_prompt(class_names[label], domain)
-            )
+        shown = require_senders(
+            limited, self._min_senders, lambda label, domain: self._class_prompt(class_names[label], domain)
         )
+        self._cut = [item for before, after in zip(labelled, limited, strict=True) for item in {*before} - {*after}]
+        self._replaced = [
+            item
+            for before, after in zip(limited, shown, strict=True)
+            for kept in [{(each.label, each.prompt, each.domain) for each in after}]
+            for item in before
+            if (item.label, item.prompt, item.domain) not in kept
+        ]
+        prompts = merge_prompts(shown)
         absent = len(class_names) - len({item.label for item in prompts})
         if absent:
             log(WARNING, "prompt round: no client sent a prompt of %s of %s classes", absent, len(class_names))
@@ -225,6 +237,20 @@ class PromptRound:
             "missed": sorted(names(node) for node in self._open.values()),
             "unreadable_images": {unreadable[node]: count for node, count in sorted(self._unreadable.items())},
             "refused": self.refusals.rows(),
+            "defences": self._what_defences_did(),
+        }
+
+    def _what_defences_did(self) -> dict[str, Any]:
+        """Count for ``results.json`` what clients told of their captions, and what merging replaced or cut."""
+        told = [self._defended[node] for node in self._uploads if node in self._defended]
+        written, changed, emptied = (sum(counts) for counts in zip(*told, strict=True)) if told else (0, 0, 0)
+        return {
+            "captions": {"clients": len(told), "written": written, "changed": changed, "emptied": emptied}
+            if told
+            else None,
+            "prompts_replaced": len(self._replaced),
+            "images_replaced": sum(item.count for item in self._replaced),
+            "prompts_cut": len(self._cut),
         }
 
     def _may_reach(self, least: int) -> bool:
@@ -277,6 +303,8 @@ class PromptRound:
         if unreadable := num_unreadable_of(reply):
             log(WARNING, "prompt round: client %s cannot read %s images", self.refusals.name_of(node), unreadable)
             self._unreadable[node] = unreadable
+        if (defended := defended_of(reply)) is not None:
+            self._defended[node] = defended
         self._uploads[node] = kept
         self._embeddings |= embeddings
         self.message_bytes.append(message_bytes)

@@ -37,7 +37,7 @@ class PromptLimits:
     max_prompts: int
     """Distinct prompts; what comes behind them is refused."""
     max_chars: int
-    """Characters of one prompt."""
+    """Characters of one prompt; the names of embeddings have a length of their own."""
     blocked_words: tuple[str, ...] = ()
     """Words and phrases that no prompt may hold, whatever their case."""
     max_classes: int = 1000
@@ -79,7 +79,7 @@ def screen_prompts(
             reason = "a domain that is none of the run's"
         elif not 1 <= found.count <= MAX_COUNT:
             reason = "a count out of range"
-        elif not 1 <= len(found.prompt) <= limits.max_chars:
+        elif not found.prompt or (embeddings is None and len(found.prompt) > limits.max_chars):
             reason = "an empty or too long prompt"
         elif not all(map(is_printable, found.class_name + found.prompt + found.domain)):
             reason = "characters that control the output or change its direction"

@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fgl_app.errors import PromptError
+
 MAX_PROMPT_CHARS = 1_000
-"""Longest prompt that a client sends, characters; what is longer is cut."""
+"""Longest prompt where the run's ``max-prompt-chars`` is not passed on, characters."""
 
 JOINERS = "\u200c\u200d"
 """Invisible characters that decide how their neighbours are written."""
@@ -44,7 +46,11 @@ def fill(template: str, class_name: str, caption: str = "") -> str:
 
 
 def class_prompts(
-    labels: Sequence[int], class_names: Sequence[str], templates: Sequence[str], domain: str = ""
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    domain: str = "",
+    max_chars: int = MAX_PROMPT_CHARS,
 ) -> list[PromptCount]:
     """Write the prompts of each class that is held (FGL, Section 3.2: class-level prompts).
 
@@ -53,15 +59,32 @@ def class_prompts(
         class_names: How prompts call the K classes.
         templates: Texts with the placeholder ``{class}``, e.g. ``"A photo of a {class}"``.
         domain: Domain of the images.
+        max_chars: Longest prompt, characters.
 
     Returns:
         Distinct prompts, ordered by label and text; ``count`` is the number of images of the class.
+
+    Raises:
+        PromptError: If a prompt is longer: cut, it could lose the name of its class.
     """
-    return _count(((label, fill(template, class_names[label])) for label in labels for template in templates), domain)
+    named = ((label, fill(template, class_names[label])) for label in labels for template in templates)
+    prompts = _count(named, domain)
+    longest = max((len(item.prompt) for item in prompts), default=0)
+    if longest > max_chars:
+        raise PromptError(
+            f"A class prompt has {longest} characters, and `max-prompt-chars` allows {max_chars}. Use a shorter "
+            "template or class name, or a larger `max-prompt-chars`."
+        )
+    return prompts
 
 
 def instance_prompts(
-    labels: Sequence[int], captions: Sequence[str], class_names: Sequence[str], template: str, domain: str = ""
+    labels: Sequence[int],
+    captions: Sequence[str],
+    class_names: Sequence[str],
+    template: str,
+    domain: str = "",
+    max_chars: int = MAX_PROMPT_CHARS,
 ) -> list[PromptCount]:
     """Write one prompt per image from its label and its caption (FGL, Section 3.2: instance-level prompts).
 
@@ -71,6 +94,7 @@ def instance_prompts(
         class_names: How prompts call the K classes.
         template: Text with the placeholders ``{class}`` and ``{caption}``.
         domain: Domain of the images.
+        max_chars: Longest prompt, characters; a longer one is cut.
 
     Returns:
         Distinct prompts with their counts, ordered by label and text.
@@ -78,22 +102,19 @@ def instance_prompts(
     return _count(
         ((label, fill(template, class_names[label], caption)) for label, caption in zip(labels, captions, strict=True)),
         domain,
+        max_chars,
     )
 
 
-def _count(pairs: Iterable[tuple[int, str]], domain: str) -> list[PromptCount]:
-    cleaned = Counter((label, printable(prompt)) for label, prompt in pairs)
+def _count(pairs: Iterable[tuple[int, str]], domain: str, max_chars: int | None = None) -> list[PromptCount]:
+    cleaned = Counter((label, printable(prompt)[:max_chars].strip()) for label, prompt in pairs)
     return [PromptCount(label, prompt, count, domain) for (label, prompt), count in sorted(cleaned.items())]
 
 
 def printable(text: str) -> str:
-    """Make one line of printable characters of any text, in Unicode's normal form NFKC.
-
-    At most :data:`MAX_PROMPT_CHARS` characters of it are kept.
-    """
+    """Make one line of printable characters of any text, in Unicode's normal form NFKC."""
     normal = unicodedata.normalize("NFKC", text)
-    kept = "".join(character for character in " ".join(normal.split()) if is_printable(character))
-    return kept[:MAX_PROMPT_CHARS].strip()
+    return "".join(character for character in " ".join(normal.split()) if is_printable(character)).strip()
 
 
 def visible(text: str) -> str:

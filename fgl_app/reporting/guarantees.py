@@ -57,7 +57,7 @@ def privacy_statement(settings: Settings, releases: Sequence[Mapping[str, Any]])
 
 def privacy_sections(statement: Mapping[str, Any] | None) -> list[Section]:
     """Return the part of a run's report that shows what :func:`privacy_statement` states; none without mechanisms."""
-    if statement is None or "mechanisms" not in statement:  # as results of version 0.1.0 have it
+    if statement is None or not statement.get("mechanisms"):  # version 0.1.0 knows no such key
         return []
     rows = [
         [

@@ -11,6 +11,7 @@ from fgl_app.errors import DataError, RunFolderError, SynthesisError
 from fgl_app.files import write_atomically
 from fgl_app.reporting import figures
 from fgl_app.reporting.audit_section import audit_sections
+from fgl_app.reporting.defences import defences_sections
 from fgl_app.reporting.finished_run import FinishedRun, class_counts, held_out_images, read_run, synthetic_images
 from fgl_app.reporting.guarantees import privacy_sections
 from fgl_app.reporting.page import Page, Picture, Section, Table, render
@@ -94,6 +95,7 @@ def build_page(run: FinishedRun) -> Page:
             *audit_sections(run.path, run.class_names),
             *_failures(run),
             *privacy_sections(results.get("privacy")),
+            *defences_sections((results.get("privacy") or {}).get("defences")),
             _costs(run),
             _configuration(run),
         ],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fgl_app.data.images import HeldOut
+from fgl_app.reporting.defences import defences_statement
 from fgl_app.reporting.guarantees import privacy_statement
 from fgl_app.settings import Settings
 from fgl_app.synthesis.launch import SynthesisReport
@@ -33,7 +34,8 @@ def summarize(
             ``validation_accuracy``, ``model_upload_bytes`` and ``upload_bytes``.
         releases: What left the clients: rows of :class:`fgl_app.reporting.ledger.ReleaseLedger`.
         prompt_round: What is known of the exchange of prompts, and under ``upload`` the bytes of the largest client's
-            prompts, ``payload`` and whole ``message``, and of ``all_messages``; None if no client was asked.
+            prompts, ``payload`` and whole ``message``, and of ``all_messages``, and under ``defences`` what those did;
+            None if no client was asked.
         synthesis: What the synthesis phase did; None if this start needed none.
         seconds: Wall-clock seconds of each phase of this start.
         held_out: The common validation and test images; None where every client tests on images of its own.
@@ -65,8 +67,8 @@ def summarize(
         },
         "prompt_round": None
         if prompt_round is None
-        else {key: value for key, value in prompt_round.items() if key != "upload"},
-        "privacy": privacy_statement(settings, releases),
+        else {key: value for key, value in prompt_round.items() if key not in ("upload", "defences")},
+        "privacy": _privacy(privacy_statement(settings, releases), defences_statement(settings, prompt_round)),
         "synthesis": None
         if synthesis is None
         else {
@@ -83,3 +85,10 @@ def summarize(
         },
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
     }
+
+
+def _privacy(mechanisms: dict[str, Any] | None, defences: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Put the guarantees and the other defences of a run together; None if it had neither."""
+    if mechanisms is None and defences is None:
+        return None
+    return {**(mechanisms or {"mechanisms": [], "total": []}), "defences": defences}

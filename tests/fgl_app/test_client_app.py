@@ -141,7 +141,8 @@ def test_no_prompt_leaves_a_node_before_its_owner_has_approved_it(
     content = RecordDict({"arrays": sent, "config": ConfigRecord({"server-round": 2})})
 
     before = ask(run_config, "query.prompts", node)
-    (name,) = CliRunner().invoke(cli, ["approve"]).output.split()
+    (line,) = CliRunner().invoke(cli, ["approve"]).output.splitlines()
+    name = line.split()[0]
     shown = CliRunner().invoke(cli, ["approve", name], input="n\n").output
     still = ask(run_config, "query.prompts", node)
     CliRunner().invoke(cli, ["approve", name, "--yes"], catch_exceptions=False)

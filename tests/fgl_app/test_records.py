@@ -17,6 +17,7 @@ from fgl_app.prompts import PromptCount, PromptLimits, class_prompts, printable,
 from fgl_app.records import (
     Upload,
     decode_prompts,
+    defended_of,
     embedding_name,
     embeddings_of,
     encode_prompts,
@@ -216,3 +217,21 @@ def test_whatever_numbers_arrive_they_are_in_range_or_none(unreadable, place):
 
     assert num_unreadable_of(reply) in range(10_000_001)
     assert place_of(reply) is None or place_of(reply) in range(1_000_000)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [[3, 2], [3, 2, -1], [2, 3, 0], [3, 1, 2], [10**7 + 1, 0, 0], [3.0, 2.0, 1.0], [True, True, True], "321", None],
+)
+def test_numbers_of_changed_captions_that_cannot_be_are_as_good_as_untold(told):
+    question = Message(RecordDict(), dst_node_id=1, message_type="query.prompts")
+    upload = Upload([PromptCount(0, "a cat", 1)], ("cat",), defended=(3, 2, 1))
+    reply = Message(prompts_reply(upload, 1, 0), reply_to=question)
+    assert defended_of(reply) == (3, 2, 1)
+
+    if told is None:
+        del reply.content["prompts"]["defended"]
+    else:
+        reply.content["prompts"]["defended"] = told
+
+    assert defended_of(reply) is None

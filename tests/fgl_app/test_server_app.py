@@ -147,6 +147,14 @@ def test_planted_contacts_never_reach_the_servers_disk(train_rounds, tmp_path, m
     assert holds(open_run, b"Gonzalez")
     assert holds(open_run, b"555 0123")
     scrubbed = train_rounds("scrubbed", 1, prompt_level="instance", scrub="on")
+    told = json.loads((scrubbed / "results.json").read_text())["privacy"]["defences"]
+    assert told["settings"] == {"scrub": "on"}
+    assert (told["captions"]["changed"], told["captions"]["emptied"]) == (20, 0)
+    assert told["captions"]["written"] == 838
+    again = train_rounds("scrubbed", 2, prompt_level="instance", scrub="on")  # nobody is asked for prompts again
+    assert json.loads((again / "results.json").read_text())["privacy"]["defences"] == told
+    assert "changed 20 of them" in write_report(again).read_text()
+    assert json.loads((open_run / "results.json").read_text())["privacy"] is None
     assert not holds(scrubbed, b"Gonzalez")
     assert not holds(scrubbed, b"555 0123")
     prompts = (scrubbed / "prompts.jsonl").read_text()
@@ -156,12 +164,22 @@ def test_planted_contacts_never_reach_the_servers_disk(train_rounds, tmp_path, m
 def test_rare_captions_become_their_classes_prompt(train_rounds):
     run = train_rounds("k", 1, prompt_level="instance", min_clients_per_prompt=2, partition="iid")
 
+    privacy = json.loads((run / "results.json").read_text())["privacy"]
+    assert privacy["mechanisms"] == []
+    defences = privacy["defences"]
+    assert defences["settings"] == {"min-clients-per-prompt": 2}
+    assert defences["captions"] == {"clients": 3, "written": 838, "changed": 0, "emptied": 0}
+    assert f"{defences['prompts_replaced']} prompts, of {defences['images_replaced']} images, were replaced" in (
+        write_report(run).read_text()
+    )
     rows = [json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines()]
     fallback = {f"a photo of a handwritten {name}" for name in load_card("digits").class_names()}
     assert sum(row["count"] for row in rows) == 838
     assert all(row["clients"] >= 2 or row["prompt"] in fallback for row in rows)
     assert {row["prompt"] for row in rows} & fallback
     assert any(row["prompt"] not in fallback for row in rows)
+    replaced = sum(row["count"] for row in rows if row["prompt"] in fallback)
+    assert 0 < replaced == defences["images_replaced"]
 
 
 def prompts_of(run):

@@ -1,4 +1,5 @@
 import functools
+import logging
 import time
 
 import pytest
@@ -309,3 +310,75 @@ def test_what_is_refused_is_counted_by_client_and_reason(make_grid):
         **{(client, "Refused: more prompts than one client may send."): 1 for client in range(3)},
     }
     assert drawn[0] < 838
+
+
+def let_minutes_pass(monkeypatch):
+    """Have every pause of a waiting exchange take a minute of a clock that nothing else moves."""
+    now = [0.0]
+    monkeypatch.setattr("strategies.prompt_round.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("strategies.prompt_round.time.sleep", lambda seconds: now.__setitem__(0, now[0] + 60))
+
+
+@pytest.mark.parametrize(
+    ("by_owners", "sentence"),
+    [
+        (True, "replies from 2 of 3 clients so far; waiting for the approval of 1 sites' owners, until "),
+        (False, "replies from 2 of 3 clients so far, until "),
+    ],
+)
+def test_the_server_says_that_it_waits_and_until_when(make_grid, monkeypatch, caplog, by_owners, sentence):
+    let_minutes_pass(monkeypatch)
+    grid = make_grid(partition="iid")
+    grid.late = {1002}
+    exchange = prompt_round(grid, deadline_s=600.0, approved_by_owners=by_owners)
+    exchange.ask(grid.get_node_ids())
+
+    with caplog.at_level(logging.INFO, "flwr"):
+        exchange.wait()
+
+    said = [line for line in caplog.messages if line.startswith("prompt round: replies")]
+    assert said[0].startswith(f"prompt round: {sentence}{time.strftime('%Y-%m-%d')}")
+    assert said[0].endswith("sites may be waiting for their owner's approval") != by_owners
+
+
+def test_a_wait_that_goes_on_is_told_ever_more_rarely(make_grid, monkeypatch, caplog):
+    let_minutes_pass(monkeypatch)
+    grid = make_grid(partition="iid")
+    grid.late = {1000, 1001, 1002}
+    exchange = prompt_round(grid, deadline_s=12 * 3600.0)
+    exchange.ask(grid.get_node_ids())
+
+    with caplog.at_level(logging.INFO, "flwr"):
+        exchange.wait()
+
+    # After 1, 2, 4, 8, 16, 32 and 64 minutes, or a little later, then once an hour.
+    assert 14 <= sum(line.startswith("prompt round: replies from 0 of 3") for line in caplog.messages) <= 19
+
+
+def test_what_clients_and_server_changed_for_privacy_is_counted(make_grid):
+    grid = make_grid(prompt_level="instance", partition="iid", max_caption_words=3)
+    exchange = prompt_round(grid, min_senders=3, class_prompt=lambda name, domain: f"a {name}", deadline_s=60.0)
+    exchange.ask(grid.get_node_ids())
+    exchange.wait()
+    merged = exchange.merged()
+
+    counted = exchange.report()["defences"]
+    # Each caption of the shipped captioner has more than three words.
+    assert counted["captions"] == {"clients": 3, "written": 838, "changed": 838, "emptied": 0}
+    fallback = [item for item in merged.prompts if item.prompt.startswith("a ")]
+    assert counted["images_replaced"] == sum(item.count for item in fallback) > 0
+    assert counted["prompts_replaced"] >= len(fallback)
+    assert counted["prompts_cut"] == 0
+
+
+def test_clients_that_hide_their_counts_do_not_tell_what_they_changed(make_grid):
+    grid = make_grid(
+        prompt_level="instance", partition="iid", max_caption_words=3, prompt_counts="withheld", weighting="uniform"
+    )
+    exchange = prompt_round(grid, max_client_share=0.4, deadline_s=60.0)
+    exchange.ask(grid.get_node_ids())
+    exchange.wait()
+    exchange.merged()
+
+    assert exchange.num_used == 3
+    assert exchange.report()["defences"]["captions"] is None
