@@ -28,7 +28,8 @@ class RunSettings:
     """Folder of the synthetic images; empty for ``synthetic/`` of the run. Runs with equal prompts and synthesis
     settings that share one draw their images once."""
     trackers: str
-    """Where metrics go besides the run folder: ``tensorboard``, ``wandb``, ``mlflow``, separated by commas."""
+    """Where metrics go besides the run folder: ``tensorboard``, ``wandb``, ``mlflow``, separated by commas. MLflow
+    writes ``mlflow.db`` into the run's folder where ``MLFLOW_TRACKING_URI`` is not set."""
     seed: int
     """Seed of everything random, also of which private images of a card are for training, validation and test."""
     num_clients: int

@@ -54,6 +54,8 @@ def simulate(
         ConfigError: If the configuration is wrong; nothing is started then.
         RunFailedError: If the run did not complete.
     """
+    if os.name != "posix":
+        raise ConfigError("Simulations need Linux or macOS. On Windows, use the Windows Subsystem for Linux (WSL).")
     chosen = dict(overrides) | {"num-clients": num_clients}
     settings = parse_run_config(default_run_config() | chosen)
     check_client_gpus(settings.run, client_gpus)
