@@ -131,10 +131,11 @@ def noise_counts(
 ) -> list[PromptCount]:
     """Add noise to the counts, and leave out prompts whose noised count is small.
 
-    The stability-based histogram (Bun, Nissim & Stemmer 2016, Section 3.1) is (epsilon, delta)-private for one image
-    more or less: discrete Laplace noise X with P(X = x) proportional to exp(-epsilon |x|) on each count of at least
-    one, and only counts of at least 1 + t are sent, where P(X >= t) <= delta, so that the prompt of a single image is
-    sent with probability delta at most. What no image gave is never sent.
+    The stability-based histogram (Bun, Nissim & Stemmer 2016, Section 3.1) is (epsilon, delta)-private for adding or
+    removing one image, and (2 epsilon, 2 delta)-private for replacing one, which changes two counts. Discrete Laplace
+    noise X with P(X = x) proportional to exp(-epsilon |x|) is added to each count of at least one, and only counts of
+    at least 1 + t are sent, where P(X >= t) <= delta, so that the prompt of a single image is sent with probability
+    delta at most. What no image gave is never sent.
 
     Args:
         prompts: Distinct prompts; one image must stand behind one prompt only.
@@ -155,8 +156,8 @@ def randomize_classes(
 ) -> list[int]:
     """Answer for each class whether it is held, with randomized response (Warner 1965).
 
-    The truth is told with probability e^epsilon / (1 + e^epsilon), so that each answer is epsilon-private; over all
-    classes the answers are (epsilon K)-private.
+    The truth is told with probability e^epsilon / (1 + e^epsilon), so that each answer is epsilon-private. Adding or
+    removing one image changes one answer at most, replacing one two, and another client's images all K.
 
     Args:
         held: Labels of the classes that the client holds.

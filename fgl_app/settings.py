@@ -263,11 +263,12 @@ class PrivacySettings:
     """Numbers of images that clients report with their prompts: ``noised``: discrete Laplace noise, and prompts whose
     noised count is small are not sent; ``withheld``: all 1."""
     counts_epsilon: float
-    """Epsilon of noised counts, for one image more or less."""
+    """Epsilon of noised counts, for adding or removing one image; replacing one costs twice as much."""
     counts_delta: float
     """Delta of noised counts: the probability that a prompt of one image is sent at all."""
     classes_epsilon: float
-    """Randomized response on which classes a client holds, epsilon per class; 0 for the truth."""
+    """Randomized response on which classes a client holds, epsilon per class, of which adding or removing one image
+    changes one at most; 0 for the truth."""
     require_approval: bool
     """Whether prompts wait on each client until its owner approves them with ``fgl approve``; without an approval the
     client takes no part in the rounds either."""
@@ -280,11 +281,13 @@ class PrivacySettings:
     """Differential privacy of each client's whole data in the rounds, by Flower's strategies: clipping on the server or
     on the clients, to a fixed norm or to an adaptive one."""
     client_dp_noise: float
-    """Noise multiplier: standard deviation of the noise on the sum of updates, in clipping norms."""
+    """Noise multiplier: standard deviation of the noise on the sum of updates, in clipping norms. Epsilon is that of
+    zeroing one client out, against all others together."""
     client_dp_clip: float
     """Clipping norm of an update; the first one where it is adaptive."""
     example_dp_noise: float
-    """Noise multiplier of DP-SGD on the clients, which protects single images; 0 for ordinary SGD."""
+    """Noise multiplier of DP-SGD on the clients; epsilon is that of zeroing out one training image. 0 for ordinary
+    SGD."""
     example_dp_clip: float
     """Clipping norm of the gradient of one image in DP-SGD."""
     dp_delta: float

@@ -319,8 +319,8 @@ def test_noise_on_the_mean_is_stated_against_those_who_know_their_own_draws(run_
     found = statement(run_config, rows, **private)
 
     (mechanism,), (total,) = found["mechanisms"], found["total"]
-    assert mechanism["against"] == total["against"] == "all other clients together, but not the server"
     assert round(mechanism["epsilon"], 2) == round(total["epsilon"], 2) == 12.30
+    assert mechanism["against"] == total["against"] == "all other clients together, but not the server"
     assert [(item["against"], round(item["epsilon"], 2)) for item in mechanism["weaker"]] == [
         ("one other client", 1.68),
         ("somebody who sees the models alone", 1.67),
