@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from logging import WARNING
+from logging import INFO, WARNING
 from pathlib import Path
 
 from flwr.common.logger import log
@@ -17,7 +17,7 @@ from fgl_app.data.sources import client_rows
 from fgl_app.errors import ConfigError
 from fgl_app.files import checkpoint_file
 from fgl_app.foundation_models import check_model_source, text_shape
-from fgl_app.models import build_model, check_all_trained, check_draws_nothing, check_model
+from fgl_app.models import build_model, check_all_trained, check_draws_nothing, check_model, size_of
 from fgl_app.phases import initial_arrays
 from fgl_app.prompts import class_prompts, read_blocked_words
 from fgl_app.records import check_embeddings_fit
@@ -114,6 +114,7 @@ def check_settings(settings: Settings) -> Settings:
             rows = client_rows(card, data, run.num_clients, run.seed)
             shape = text_shape(synthesis.generator, synthesis.generator_revision)
             check_embeddings_fit(max(map(len, rows)), *shape, settings.policy.max_prompts_per_client)
+    _tell_size(settings, len(names))
     inner_strategy(settings)  # the last, because Flower's strategies log what they were told
     return settings
 
@@ -159,6 +160,19 @@ def _check_origin(settings: Settings) -> None:
             f"{settings.card.name} otherwise: they may have seen test images of seed {settings.run.seed}. Use weights "
             "of a run of this version with the same `seed`, or of a one-shot model."
         )
+
+
+def _tell_size(settings: Settings, num_classes: int) -> None:
+    """Log how large the classifier is, and what its rounds come to."""
+    run, training = settings.run, settings.training
+    weights, num_bytes = size_of(training.model, num_classes, settings.data.image_size)
+    told = f"model {training.model}: {weights:,} weights, {num_bytes / 1e6:,.1f} MB"
+    num_rounds = run.num_server_rounds - settings.synthesizes  # the first one is the prompt round
+    if run.method != "centralized" and num_rounds:
+        drawn = num_sampled(training.fraction_train, run.num_clients)
+        uploaded = drawn * num_rounds * num_bytes / 1e6
+        told += f"; sent back by {drawn} clients x {num_rounds} rounds: {uploaded:,.0f} MB"
+    log(INFO, "%s", told)
 
 
 def _check_private_rounds(settings: Settings, num_classes: int) -> None:

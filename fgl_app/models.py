@@ -19,19 +19,30 @@ SMALL_IMAGE_PX = 64
 """Below this side a ResNet's stem keeps the resolution (He et al. 2016, Section 4.2)."""
 
 
+_MOST_CELLS = 8
+"""Side of the feature map of a 32 px image, the largest that the CNN's dense layer takes as it is."""
+_MCMAHANS_CELLS = 7
+"""Side of the feature map of McMahan's own images, 28 px."""
+
+
 class CNN(nn.Sequential):
     """Two 5 x 5 convolutions of 32 and 64 channels, each pooled, and a layer of 512 (McMahan et al. 2017, Section 3).
 
     It has no BatchNorm, and trains an order of magnitude faster than a ResNet: the model of large comparisons of small
-    images.
+    images. The dense layer would grow with the image, to 103 million weights at 224 px. Above 35 px the feature map is
+    therefore averaged to that of a 28 px image, 7 x 7: the model then has 1.7 million weights, as McMahan's has.
     """
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         """Make random weights for float images ``[N, 3, S, S]`` and ``num_classes`` logits."""
+        cells = image_size // 4
+        pool: nn.Module = nn.MaxPool2d(2)
+        if cells > _MOST_CELLS:
+            cells, pool = _MCMAHANS_CELLS, nn.Sequential(pool, nn.AdaptiveAvgPool2d(_MCMAHANS_CELLS))
         super().__init__(
             nn.Conv2d(3, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(64 * (image_size // 4) ** 2, 512), nn.ReLU(), nn.Linear(512, num_classes),
+            nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), pool,
+            nn.Flatten(), nn.Linear(64 * cells**2, 512), nn.ReLU(), nn.Linear(512, num_classes),
         )  # fmt: skip
 
 
@@ -106,6 +117,14 @@ def check_draws_nothing(model: nn.Module, key: str) -> None:
                 f"`{key}` needs a `model` without dropout, because the gradient of an image must depend on that image "
                 f"alone, but this one has {type(layer).__name__}. Use model=cnn."
             )
+
+
+def size_of(name: str, num_classes: int, image_size: int) -> tuple[int, int]:
+    """Return how many trained weights a classifier has, and the bytes of its whole state dict, as clients send it."""
+    with torch.device("meta"):
+        model = build_model(name, num_classes, image_size, seed=0)
+    weights = sum(weight.numel() for weight in model.parameters())
+    return weights, sum(array.numel() * array.element_size() for array in model.state_dict().values())
 
 
 def build_model(name: str, num_classes: int, image_size: int, seed: int, *, imagenet: bool = False) -> nn.Module:
