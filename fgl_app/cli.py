@@ -40,6 +40,27 @@ def run_command(
     simulate(parse_overrides(overrides or []), num_clients=clients, client_cpus=client_cpus, client_gpus=client_gpus)
 
 
+@cli.command("check-data")
+def check_data_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|CARD", help="Folder with one folder of images per class, or a card or its name."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Run configuration, e.g. image-size=224 prompt-level=instance"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a contact sheet of the decoded pictures.")] = None,
+) -> None:
+    """Say what a client would read of its images, what it would leave out and why, and what it would send."""
+    from fgl_app.data_check import check_data
+    from fgl_app.simulation import parse_overrides
+
+    check_data(source, parse_overrides(overrides or []), None if out is None else out.expanduser(), typer.echo)
+
+
 @cli.command("compare")
 def compare_command(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="E.g. examples/digits/table1.yaml")],

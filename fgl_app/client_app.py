@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from logging import ERROR, INFO, WARNING
 from typing import cast
 
-import numpy as np
-import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
@@ -17,34 +15,20 @@ from flwr.common.logger import log
 from torch import nn
 
 from clients.approval import approvals_folder, check_approved, wait_for_approval
-from clients.defences import (
-    CaptionFilter,
-    CountedFilter,
-    caption_filter,
-    noise_counts,
-    randomize_classes,
-    withhold_counts,
-)
 from clients.local_training import evaluate_held_out, train_locally
-from clients.prompting import Captioner, fit_limits, write_prompts
-from fgl_app import tiny
+from fgl_app.client_prompts import to_upload, write_own_prompts
 from fgl_app.config import parse_run_config
 from fgl_app.data.findings import listed
 from fgl_app.data.sources import ClientData, load_client_data
-from fgl_app.errors import DataError, FGLError, PromptError
+from fgl_app.errors import DataError, FGLError
 from fgl_app.files import canonical_json, sha256
-from fgl_app.foundation_models import identity_of, text_shape
 from fgl_app.models import build_model, from_arrays, to_arrays
-from fgl_app.privacy.prompt_leaks import public_words
-from fgl_app.prompts import PromptCount, PromptLimits, class_prompts, read_blocked_words
 from fgl_app.records import (
     ARRAYS,
     CLASS_NAMES,
     CLIENT,
     CONFIG,
     METRICS,
-    Upload,
-    check_embeddings_fit,
     client_record,
     evaluation_metrics,
     prompts_reply,
@@ -101,38 +85,10 @@ def place(message: Message, settings: Settings, context: Context) -> RecordDict:
 def prompts(message: Message, settings: Settings, context: Context) -> RecordDict:
     """Answer ``query.prompts``: distinct prompts of this client's training images, with counts."""
     data = _data(message, settings, context)
-    by_caption = settings.prompts.prompt_level != "class"
-    called = settings.card.prompt_names(data.class_names)
-    if settings.prompts.noises_each_image:
-        shape = text_shape(settings.synthesis.generator, settings.synthesis.generator_revision)
-        check_embeddings_fit(len(data.train), *shape, settings.policy.max_prompts_per_client)
-    defend = CountedFilter(_caption_filter(settings, data.class_names) if by_caption else str)
-    written = write_prompts(
-        data.train,
-        called,
-        form_of=settings.prompt_form,
-        domains=settings.card.domains,
-        num_prompts_per_class=settings.prompts.num_prompts_per_class,
-        captioner=_captioner(settings, context) if by_caption else None,
-        defend=defend,
-        max_chars=settings.policy.max_prompt_chars,
-    )
-    written = _with_private_counts(written, settings, called)
-    written = fit_limits(
-        written,
-        data.class_names,
-        _limits_known(settings, len(written)),
-        known_classes=settings.card.class_names(),
-        domains=settings.card.domains,
-    )
-    if not written:
-        raise PromptError(
-            "No prompt is left to send: the noise on counts, or what the server refuses, left none. The lines above "
-            "say what was refused; otherwise use a larger epsilon."
-        )
+    written = write_own_prompts(data, settings, context.node_config)
     if _needs_approval(settings, context):
         wait_for_approval(
-            written,
+            written.prompts,
             data.class_names,
             settings.run.run_name,
             _terms(settings),
@@ -140,11 +96,7 @@ def prompts(message: Message, settings: Settings, context: Context) -> RecordDic
             settings.policy.prompt_deadline_s,
             settings.run.num_server_rounds - 1,
         )
-    upload = Upload(written, data.class_names)
-    if settings.prompts.prompt_level == "embedding":
-        upload = _embedded(written, settings, data)
-    if by_caption and _tells_what_was_changed(settings):
-        upload = dataclasses.replace(upload, defended=(defend.captions, defend.changed, defend.emptied))
+    upload = to_upload(written, settings, data)
     log(INFO, "client %s sends %s distinct prompts", data.partition_id, len(upload.prompts))
     return prompts_reply(upload, _told(len(data.train), settings), data.partition_id, _unreadable_told(data, settings))
 
@@ -226,28 +178,6 @@ def _told(num_images: int, settings: Settings) -> int:
     return num_images if settings.privacy.prompt_counts == "exact" else min(1, num_images)
 
 
-def _tells_what_was_changed(settings: Settings) -> bool:
-    """Whether the server is told how many captions the defences changed, which depends on what each caption says."""
-    return settings.privacy.prompt_counts == "exact" and not settings.prompts.embedding_epsilon
-
-
-def _limits_known(settings: Settings, num_prompts: int) -> PromptLimits:
-    """Return what the server accepts of one client, as far as the client may act on it.
-
-    A file of blocked words lies at the server. And where noise hides what the prompt of an image says, none may be left
-    out for what it says: how many were sent would tell.
-    """
-    policy = settings.policy
-    in_file = policy.blocked_words.startswith(("/", "~"))
-    hidden = settings.prompts.embedding_epsilon > 0
-    return PromptLimits(
-        num_prompts if hidden else policy.max_prompts_per_client,
-        policy.max_prompt_chars,
-        () if in_file or hidden else read_blocked_words(policy.blocked_words),
-        policy.max_classes,
-    )
-
-
 def _unreadable_told(data: ClientData, settings: Settings) -> int:
     return data.num_unreadable if settings.privacy.prompt_counts == "exact" else 0
 
@@ -282,72 +212,6 @@ def _say_what_was_found(data: ClientData, context: Context) -> None:
 def _received_model(message: Message, settings: Settings, class_names: Sequence[str]) -> nn.Module:
     model = build_model(settings.training.model, len(class_names), settings.data.image_size, settings.run.seed)
     return from_arrays(model, message.content.array_records[ARRAYS])
-
-
-def _caption_filter(settings: Settings, class_names: Sequence[str]) -> CaptionFilter:
-    privacy = settings.privacy
-    return caption_filter(
-        public_words(settings.public_texts(class_names)),
-        scrubbing=privacy.scrub,
-        vocabulary_file=privacy.caption_vocabulary,
-        max_words=privacy.max_caption_words,
-    )
-
-
-def _with_private_counts(
-    written: list[PromptCount], settings: Settings, class_names: Sequence[str]
-) -> list[PromptCount]:
-    privacy = settings.privacy
-    generator = np.random.default_rng()  # from the operating system: who knew its seed could take the noise off again
-    if privacy.classes_epsilon:
-        labels = randomize_classes(
-            {item.label for item in written}, len(class_names), privacy.classes_epsilon, generator
-        )
-        templates = settings.prompt_form().class_templates[: settings.prompts.num_prompts_per_class]
-        written = class_prompts(labels, class_names, templates, max_chars=settings.policy.max_prompt_chars)
-    if privacy.prompt_counts == "noised":
-        return noise_counts(written, privacy.counts_epsilon, privacy.counts_delta, generator)
-    return withhold_counts(written) if privacy.prompt_counts == "withheld" else written
-
-
-def _captioner(settings: Settings, context: Context) -> Captioner:
-    from clients.captioning import CachedCaptioner, HubCaptioner, resolved_dtype  # seconds of import
-
-    source = str(context.node_config.get("captioner", settings.prompts.captioner))
-    prompts = settings.prompts
-    return CachedCaptioner(
-        lambda: HubCaptioner(
-            source,
-            revision=prompts.captioner_revision,
-            dtype=prompts.captioner_dtype,
-            max_new_tokens=prompts.max_new_tokens,
-            device=pick_device(settings.run.device),
-        ),
-        identity=(
-            *identity_of(source, tiny.CAPTIONER),
-            prompts.captioner_revision,
-            resolved_dtype(prompts.captioner_dtype, pick_device(settings.run.device)),
-            prompts.max_new_tokens,
-        ),
-        batch_size=prompts.captioning_batch_size,
-    )
-
-
-def _embedded(written: Sequence[PromptCount], settings: Settings, data: ClientData) -> Upload:
-    from clients.embedding import TextEncoder, embed_prompts  # seconds of import
-
-    prompts = settings.prompts
-    prompts_of, embeddings = embed_prompts(
-        written,
-        TextEncoder(settings.synthesis.generator, settings.synthesis.generator_revision, torch.device("cpu")),
-        summary=prompts.embedding_summary,
-        num_clusters=prompts.embedding_clusters,
-        clip_norm=prompts.embedding_clip,
-        epsilon=prompts.embedding_epsilon,
-        delta=prompts.embedding_delta,
-        seed=settings.run.seed,
-    )
-    return Upload(prompts_of, data.class_names, embeddings)
 
 
 app = ClientApp()

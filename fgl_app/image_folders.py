@@ -144,7 +144,7 @@ def _type_reason(path: Path) -> str | None:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return "that are no regular files"
-    except OSError:  # a link that leads nowhere is named with the unreadable images if it is called like one
+    except OSError:  # link that leads nowhere is named with the unreadable images if it is called like one
         pass
     if ending in ENDINGS:
         return None

@@ -73,7 +73,7 @@ def open_picture(path: str | Path) -> Image.Image:
     path = Path(path)
     try:
         if path.stat().st_size == 0:
-            raise UnreadableError(str(path), "the file is empty")
+            raise UnreadableError(str(path), "empty file")
         if path.suffix.lower() not in ENDINGS and is_dicom(path):
             from fgl_app.data.dicom import read_dicom
 
@@ -106,11 +106,11 @@ def reason_of(error: Exception, path: Path | None = None) -> str:
         case NotShownError():
             return str(error)
         case FileNotFoundError() if path is not None and path.is_symlink():
-            return "a link that leads nowhere"
+            return "link that leads nowhere"
         case FileNotFoundError():
-            return "the file is gone"
+            return "gone since it was listed"
         case PermissionError():
-            return "no permission to read it"
+            return "unreadable without permission"
         case UnidentifiedImageError():
             return "not an image of a known format"
         case Image.DecompressionBombError():

@@ -11,7 +11,7 @@ from clients.defences import CountedFilter, caption_filter
 from clients.prompting import fit_limits, write_prompts
 from fgl_app.cards import load_card
 from fgl_app.checks import check_settings
-from fgl_app.client_app import _limits_known
+from fgl_app.client_prompts import _limits_known
 from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet
 from fgl_app.errors import PromptError

@@ -8,7 +8,7 @@ from pillow_heif import from_pillow
 IMAGES = {"cat": 13, "chien \u00e9t\u00e9": 12, "phones": 10, "x2": 11}
 """Readable images of each class."""
 UNREADABLE = {
-    "truncated": 1, "the file is empty": 1, "a link that leads nowhere": 1, "not an image of a known format": 1,
+    "truncated": 1, "empty file": 1, "link that leads nowhere": 1, "not an image of a known format": 1,
 }  # fmt: skip
 IGNORED = {
     "._*": 2, ".DS_Store": 2, "hidden": 1, "in .ipynb_checkpoints": 1, "in @eaDir": 2, "in __MACOSX": 2,

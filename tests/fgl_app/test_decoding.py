@@ -194,9 +194,9 @@ def test_damaged_files_are_unreadable_with_their_reason(tmp_path):
 
     assert {name: reason(tmp_path / f"{name}.png") for name in ("cut", "empty", "text", "nowhere", "postscript")} == {
         "cut": "truncated",
-        "empty": "the file is empty",
+        "empty": "empty file",
         "text": "not an image of a known format",
-        "nowhere": "a link that leads nowhere",
+        "nowhere": "link that leads nowhere",
         "postscript": "not an image of a known format",
     }
 

@@ -185,7 +185,7 @@ def test_without_permission_an_image_is_unreadable_and_a_folder_is_passed_over(t
 
     (tmp_path / "cat" / "closed").chmod(0o700)
     assert len(images) == 1
-    assert by_reason(findings.unreadable) == {"no permission to read it": 1}
+    assert by_reason(findings.unreadable) == {"unreadable without permission": 1}
     assert findings.ignored == {"folder that cannot be opened": 1}
 
 
