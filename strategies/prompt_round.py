@@ -225,6 +225,14 @@ class PromptRound:
                 united |= named[node]
         if len(united) < 2:
             raise PromptError(f"The clients must hold at least 2 different classes, but hold {len(united)}.")
+        holders = Counter(name for node in self._uploads for name in named[node])
+        if alone := sum(count == 1 for count in holders.values()):
+            log(
+                WARNING,
+                "prompt round: %s of %s classes come from one client alone; rounds without it teach nothing of them",
+                alone,
+                len(united),
+            )
         return tuple(sorted(united))
 
     def report(self) -> dict[str, Any]:

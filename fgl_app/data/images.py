@@ -41,6 +41,8 @@ class HeldOut:
     """Chooses the reported round."""
     test: ImageSet
     """Gives the reported accuracy."""
+    num_unreadable: int = 0
+    """Images of both that could not be decoded and were left out."""
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -158,7 +158,8 @@ def divided(
 @functools.lru_cache(maxsize=2)
 def load_held_out(card: Card, settings: DataSettings, seed: int) -> HeldOut:
     """Load the common validation and test images of a partitioned data set."""
-    return HeldOut(load_split(card, settings, "validation", seed), load_split(card, settings, "test", seed))
+    (validation, lost), (test, lost_of_test) = (_load(card, settings, name, seed) for name in ("validation", "test"))
+    return HeldOut(validation, test, len(lost) + len(lost_of_test))
 
 
 def load_split(card: Card, settings: DataSettings, name: str, seed: int) -> ImageSet:
@@ -172,6 +173,10 @@ def load_split(card: Card, settings: DataSettings, name: str, seed: int) -> Imag
         name: Which part.
         seed: The run's seed, which divides all but the public images and the parts that the source has itself.
     """
+    return _load(card, settings, name, seed)[0]
+
+
+def _load(card: Card, settings: DataSettings, name: str, seed: int) -> tuple[ImageSet, tuple[Unreadable, ...]]:
     if name in card.splits and name != "train":
         part = _open(card, name, settings.data_dir)
         images, unreadable = _decode(card, settings, name, range(len(part.labels)))
@@ -180,7 +185,7 @@ def load_split(card: Card, settings: DataSettings, name: str, seed: int) -> Imag
         images, unreadable = _decode(card, settings, "train", rows)
     for line in listed(unreadable):
         log(WARNING, "%s part of %s: %s", name, card.name, line)
-    return images
+    return images, unreadable
 
 
 def load_rows(card: Card, settings: DataSettings, rows: Sequence[int]) -> ImageSet:

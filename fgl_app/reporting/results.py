@@ -54,6 +54,7 @@ def summarize(
         "num_clients": settings.run.num_clients,
         "num_validation_images": None if held_out is None else len(held_out.validation),
         "num_test_images": None if held_out is None else len(held_out.test),
+        "num_unreadable_held_out_images": None if held_out is None else held_out.num_unreadable,
         "rounds": [dict(row) for row in rounds],
         "final_accuracy": rounds[-1]["accuracy"],
         "selected_accuracy": selected["accuracy"],

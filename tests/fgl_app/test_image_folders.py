@@ -16,7 +16,7 @@ from fgl_app.config import parse_run_config
 from fgl_app.data.adequacy import check_classes
 from fgl_app.data.findings import by_reason
 from fgl_app.data.folder import load_folder
-from fgl_app.data.sources import load_client_data, load_split, train_part
+from fgl_app.data.sources import load_client_data, load_held_out, load_split, train_part
 from fgl_app.errors import DataError
 from fgl_app.image_folders import class_folders, find_images
 
@@ -68,6 +68,7 @@ def test_a_damaged_image_ends_no_simulation_and_is_counted_by_its_client(tmp_pat
     held_out = [load_split(settings.card, settings.data, name, 0) for name in ("validation", "test")]
 
     left_out = [image.name for client in clients for image in client.findings.unreadable]
+    assert len(left_out) + load_held_out(settings.card, settings.data, 0).num_unreadable == len(damaged)
     num_readable = sum(map(len, held_out)) + sum(len(client.train) for client in clients)
     assert num_readable == 26
     assert set(left_out) <= set(map(str, damaged))

@@ -272,6 +272,13 @@ def test_the_label_space_is_the_union_of_the_clients_classes(make_grid):
         united(make_grid, [("cat",), ("cat",)])
 
 
+def test_classes_of_one_client_alone_are_told_by_their_number(make_grid, caplog):
+    united(make_grid, [("dog", "cat"), ("eel", "dog")])
+
+    (line,) = [record.getMessage() for record in caplog.records if "alone" in record.getMessage()]
+    assert "2 of 3 classes come from one client alone" in line
+
+
 def test_a_client_that_names_too_many_classes_loses_its_own_place_only(make_grid):
     many = tuple(f"class {number}" for number in range(30))
 
