@@ -18,6 +18,7 @@ _UNITS = {
     _IMAGE: "of the content of one training image",
     _CLIENT: "of all training data of one client",
 }
+_HELD_OUT = "held-out images on which clients evaluate"
 _PARTS = {
     "prompts": "the prompts of the clients",
     "rounds": "the model of every round",
@@ -86,13 +87,16 @@ def _of_prompts(settings: Settings, releases: Sequence[Mapping[str, Any]]) -> li
         return []
     prompts, privacy = settings.prompts, settings.privacy
     times = max(1, _count(releases, PROMPTS))  # each exchange draws new noise; older versions did not note the first
+    # Sites measure the models on images that they hold out, and send the measures as they are.
+    measured = [_HELD_OUT] if settings.own_folders else []
     mechanisms = []
     if prompts.prompt_level == "embedding" and prompts.embedding_epsilon:
         cost = times * prompts.embedding_epsilon, times * prompts.embedding_delta
         mechanisms.append(
             _mechanism(
                 "prompts", _IMAGE, "Gaussian, on embeddings", _REPLACE, cost, cost,
-                "what the prompt of one image says", "its class and domain, and how many images have them",
+                "what the prompt of one image says",
+                "; ".join(["its class and domain, and how many images have them", *measured]),
             )
         )  # fmt: skip
     if privacy.prompt_counts == "noised":
@@ -101,7 +105,7 @@ def _of_prompts(settings: Settings, releases: Sequence[Mapping[str, Any]]) -> li
         mechanisms.append(
             _mechanism(
                 "prompts", _IMAGE, "stability-based histogram of prompts", _ADD_OR_REMOVE, cost, _twice(cost),
-                "one image's prompt, its class and that it was counted",
+                "one image's prompt, its class and that it was counted", *measured,
             )
         )  # fmt: skip
     if privacy.classes_epsilon:
@@ -110,8 +114,8 @@ def _of_prompts(settings: Settings, releases: Sequence[Mapping[str, Any]]) -> li
         each, whole = ((times * privacy.classes_epsilon * answers, 0.0) for answers in (1, len(settings.card.classes)))
         what = f"what one image changes in {hidden}"
         mechanisms += [
-            _mechanism("prompts", _IMAGE, name, _ADD_OR_REMOVE, each, _twice(each), what),
-            _mechanism("prompts", _CLIENT, name, _REPLACE, whole, whole, f"{hidden}, all classes together"),
+            _mechanism("prompts", _IMAGE, name, _ADD_OR_REMOVE, each, _twice(each), what, *measured),
+            _mechanism("prompts", _CLIENT, name, _REPLACE, whole, whole, f"{hidden}, all classes together", *measured),
         ]
     return mechanisms
 
@@ -152,7 +156,7 @@ def _of_rounds(settings: Settings, releases: Sequence[Mapping[str, Any]]) -> lis
                 (replaced, privacy.dp_delta),
                 "one training image in the weights that its client sends, used or not; for the client that was asked "
                 "most often, with whichever number of images that any client told is worst",
-                "the number of images, and held-out images on which clients evaluate",
+                f"the number of images, and {_HELD_OUT}",
             )
         )  # fmt: skip
     return mechanisms

@@ -340,6 +340,22 @@ def test_a_total_says_what_its_mechanisms_exclude(run_config):
     assert "Not bounded" not in counts["total"][0]["sentence"]
 
 
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        {"prompt_counts": "noised", "weighting": "uniform"},
+        {"prompt_counts": "withheld", "classes_epsilon": 1.0, "weighting": "uniform"},
+        EMBEDDINGS,
+    ],
+)
+def test_no_noise_on_prompts_hides_the_images_on_which_sites_measure(run_config, hidden):
+    own = statement(run_config, [PROMPTS], dataset="folder", class_names="cat,dog", **hidden)
+    common = statement(run_config, [PROMPTS], **hidden)
+
+    assert all("held-out images on which clients evaluate" in item["sentence"] for item in own["total"])
+    assert not any("held-out" in item["sentence"] for item in common["total"])
+
+
 def test_clients_that_say_one_place_count_as_one_that_was_asked_for_all_of_them(run_config):
     def epsilon(*places):
         rows = [TRAIN | {"drawn": [2, 6], "places": list(asked)} for asked in places]
