@@ -84,7 +84,16 @@ def _card_of(folder: Path) -> Card:
         raise ConfigError(
             f"`dataset` {str(folder)!r} must hold one folder of images per class, at least two, but holds {len(names)}."
         )
-    classes = tuple(CardClass(plain := unicodedata.normalize("NFKC", name), plain, name) for name in names)
+    of_names: dict[str, str] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFKC", name)
+        if plain in of_names:
+            raise ConfigError(
+                f"The class folders of {str(folder)!r} must have names that differ in Unicode's normal form NFKC, but "
+                f"{of_names[plain]!r} and {name!r} are both {plain!r}. Rename one of them, or put them together."
+            )
+        of_names[plain] = name
+    classes = tuple(CardClass(plain, plain, name) for plain, name in of_names.items())
     return dataclasses.replace(
         folder_card(()), name=folder.name, title=f"The folder {folder.name}", locator=str(folder), classes=classes
     )

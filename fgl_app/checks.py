@@ -20,6 +20,7 @@ from fgl_app.foundation_models import check_model_source, text_shape
 from fgl_app.models import build_model, check_all_trained, check_draws_nothing, check_model, size_of
 from fgl_app.phases import initial_arrays
 from fgl_app.prompts import class_prompts, read_blocked_words
+from fgl_app.prompts.rehearsal import check_class_prompts
 from fgl_app.records import check_embeddings_fit
 from fgl_app.reporting.trackers import open_trackers
 from fgl_app.settings import Settings
@@ -69,6 +70,8 @@ def check_settings(settings: Settings) -> Settings:
         initial_arrays(settings, names)
         _check_origin(settings)
     read_blocked_words(settings.policy.blocked_words)
+    if settings.synthesizes:
+        check_class_prompts(settings)
     open_trackers(settings, None)
     prompts, synthesis = settings.prompts, settings.synthesis
     if settings.synthesizes:

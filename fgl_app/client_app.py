@@ -23,6 +23,7 @@ from fgl_app.data.sources import ClientData, load_client_data
 from fgl_app.errors import DataError, FGLError
 from fgl_app.files import canonical_json, sha256
 from fgl_app.models import build_model, from_arrays, to_arrays
+from fgl_app.prompts.rehearsal import check_site
 from fgl_app.records import (
     ARRAYS,
     CLASS_NAMES,
@@ -85,6 +86,8 @@ def place(message: Message, settings: Settings, context: Context) -> RecordDict:
 def prompts(message: Message, settings: Settings, context: Context) -> RecordDict:
     """Answer ``query.prompts``: distinct prompts of this client's training images, with counts."""
     data = _data(message, settings, context)
+    if not settings.card.classes:
+        check_site(data.class_names, settings)
     written = write_own_prompts(data, settings, context.node_config)
     if _needs_approval(settings, context):
         wait_for_approval(

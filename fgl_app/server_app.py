@@ -35,7 +35,7 @@ from fgl_app.phases import (
     train_on_server,
     write_server_prompts,
 )
-from fgl_app.prompts import MergedPrompts, PromptLimits, fill, read_blocked_words
+from fgl_app.prompts import MergedPrompts, fill, limits_of
 from fgl_app.reporting.results import summarize
 from fgl_app.reporting.run_folder import DrawnSet, RunFolder, forgotten_set
 from fgl_app.reporting.trackers import Tracker, open_trackers
@@ -221,12 +221,7 @@ class Session:
         by_embedding = prompts.prompt_level == "embedding"
         return PromptRound(
             grid,
-            PromptLimits(
-                policy.max_prompts_per_client,
-                policy.max_prompt_chars,
-                read_blocked_words(policy.blocked_words),
-                policy.max_classes,
-            ),
+            limits_of(policy),
             class_names=self.class_names,
             domains=self.settings.card.domains,
             embedding_shape=text_shape(synthesis.generator, synthesis.generator_revision) if by_embedding else None,

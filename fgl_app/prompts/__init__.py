@@ -8,7 +8,7 @@ from fgl_app.prompts.aggregation import (
     require_senders,
     spread_budget,
 )
-from fgl_app.prompts.screening import NamedPrompt, PromptLimits, read_blocked_words, screen_prompts
+from fgl_app.prompts.screening import NamedPrompt, PromptLimits, limits_of, read_blocked_words, screen_prompts
 from fgl_app.prompts.writing import (
     MAX_PROMPT_CHARS,
     PromptCount,
@@ -32,6 +32,7 @@ __all__ = [
     "instance_prompts",
     "is_printable",
     "limit_shares",
+    "limits_of",
     "merge_prompts",
     "printable",
     "read_blocked_words",

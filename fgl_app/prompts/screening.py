@@ -12,10 +12,13 @@ from typing import cast
 
 from fgl_app.errors import ConfigError
 from fgl_app.prompts.writing import comparable, is_printable, printable
+from fgl_app.settings import PolicySettings
 from fgl_app.user_files import read_user_text
 
 MAX_NAME_CHARS = 100
 """Longest name of a class or a domain, characters."""
+NAMED = f"names of at most {MAX_NAME_CHARS} printable characters in Unicode's normal form NFKC"
+"""What :func:`name_fault` asks for."""
 MAX_COUNT = 10**9
 """Most images that one prompt may stand for."""
 
@@ -81,10 +84,8 @@ def screen_prompts(
             reason = "a count out of range"
         elif not found.prompt or (embeddings is None and len(found.prompt) > limits.max_chars):
             reason = "an empty or too long prompt"
-        elif not all(map(is_printable, found.class_name + found.prompt + found.domain)):
-            reason = "characters that control the output or change its direction"
-        elif not unicodedata.is_normalized("NFKC", f"{found.class_name}\n{found.prompt}"):
-            reason = "text that is not in Unicode's normal form NFKC"
+        elif fault := _text_fault(found.class_name) or _text_fault(found.prompt):
+            reason = fault
         elif blocked is not None and any(
             blocked.search(comparable(text)) for text in (found.prompt, *(() if class_names else (found.class_name,)))
         ):
@@ -100,6 +101,38 @@ def screen_prompts(
             continue
         refused[reason] += 1
     return list(kept.values()), refused
+
+
+def name_fault(name: str) -> str | None:
+    """Return why no prompt of a class with this name is accepted, as :func:`screen_prompts` says it; None if it is."""
+    return _text_fault(name) if 1 <= len(name) <= MAX_NAME_CHARS else f"{len(name)} characters"
+
+
+def _text_fault(text: str) -> str | None:
+    if not all(map(is_printable, text)):
+        return "characters that control the output or change its direction"
+    if not unicodedata.is_normalized("NFKC", text):
+        return "text that is not in Unicode's normal form NFKC"
+    return None
+
+
+def limits_of(policy: PolicySettings, *, of_server: bool = True) -> PromptLimits:
+    """Return what a run's server accepts of one client.
+
+    Args:
+        policy: The run's policy.
+        of_server: Whether this is the server's machine; a file of blocked words lies there alone.
+
+    Raises:
+        ConfigError: If that file cannot be read, or holds a word that could never be found.
+    """
+    elsewhere = not of_server and policy.blocked_words.startswith(("/", "~"))
+    return PromptLimits(
+        policy.max_prompts_per_client,
+        policy.max_prompt_chars,
+        () if elsewhere else read_blocked_words(policy.blocked_words),
+        policy.max_classes,
+    )
 
 
 def read_blocked_words(value: str) -> tuple[str, ...]:
