@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from fgl_app.errors import FGLError
+from fgl_app.errors import FGLError, RunFolderError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -37,7 +40,10 @@ def run_command(
         threading.Thread(target=_end_with_parent, daemon=True).start()
     from fgl_app.simulation import parse_overrides, simulate  # imports of seconds, which --help does not need
 
-    simulate(parse_overrides(overrides or []), num_clients=clients, client_cpus=client_cpus, client_gpus=client_gpus)
+    with _resumable():
+        simulate(
+            parse_overrides(overrides or []), num_clients=clients, client_cpus=client_cpus, client_gpus=client_gpus
+        )
 
 
 @cli.command("check-data")
@@ -73,13 +79,17 @@ def compare_command(
     client_gpus: Annotated[float, typer.Option(help="Share of a GPU per simulated client.", min=0)] = 0.0,
 ) -> None:
     """Run an experiment, methods x conditions x seeds, and write its table and figures; a second start goes on."""
+    from fgl_app.experiment_reader import load_experiment
+
+    load_experiment(experiment)  # a mistake in it is answered before imports of seconds
     from fgl_app.comparison import compare
 
     folder = (output_dir or Path("~/fgl-runs") / f"{experiment.resolve().parent.name}-{experiment.stem}").expanduser()
-    table = compare(
-        experiment, folder.absolute(), data_dir=None if data_dir is None else data_dir.absolute(),
-        jobs=jobs, client_cpus=client_cpus, client_gpus=client_gpus, say=typer.echo,
-    )  # fmt: skip
+    with _resumable():
+        table = compare(
+            experiment, folder.absolute(), data_dir=None if data_dir is None else data_dir.absolute(),
+            jobs=jobs, client_cpus=client_cpus, client_gpus=client_gpus, say=typer.echo,
+        )  # fmt: skip
     typer.echo(f"table and figures: {table}")
 
 
@@ -90,12 +100,18 @@ def report_command(
     ],
 ) -> None:
     """Write one HTML page for each finished run or comparison into its folder, and print its path."""
-    from fgl_app.comparison import EXPERIMENT_FILE, report_comparison
+    from fgl_app.experiments import EXPERIMENT_FILE
+    from fgl_app.reporting.earlier_start import require_finished
+
+    comparisons = [folder for folder in folders if (folder.expanduser() / EXPERIMENT_FILE).exists()]
+    for folder in folders:
+        if folder not in comparisons:
+            require_finished(folder)
+    from fgl_app.comparison import report_comparison  # seconds, which a wrong path does not wait for
     from fgl_app.reporting.report import write_report
 
     for folder in folders:
-        is_comparison = (folder.expanduser() / EXPERIMENT_FILE).exists()
-        typer.echo(report_comparison(folder) if is_comparison else write_report(folder))
+        typer.echo(report_comparison(folder) if folder in comparisons else write_report(folder))
 
 
 @cli.command("audit")
@@ -122,6 +138,10 @@ def audit_command(
     ] = None,
 ) -> None:
     """Measure what finished runs give away: members, replicas, prompts. Writes audit/ in each; nothing is sent."""
+    from fgl_app.reporting.earlier_start import require_finished
+
+    for run in runs:
+        require_finished(run)
     from fgl_app.audit.command import audit_run, check_runs, findings_of
     from fgl_app.audit.tables import comparison
     from fgl_app.files import write_atomically
@@ -151,6 +171,7 @@ def audit_captions_command(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for audit.json and audit.md.")],
 ) -> None:
     """Say what one client's own captions reveal, at its side, before or after a run."""
+    _require(file)
     from fgl_app.audit.command import audit_captions
 
     for sentence in audit_captions(file, target.expanduser()):
@@ -182,6 +203,7 @@ def synthesize_command(
     ray_address: Annotated[str, typer.Option(help="Cluster of Ray; empty for this machine.")] = "",
 ) -> None:
     """Draw what a store lacks of a plan, on any machine that shares the folder; a second start goes on."""
+    _require(plan)
     from fgl_app.reporting.run_folder import store_of_run
     from fgl_app.synthesis.plan import Plan
     from fgl_app.synthesis.worker import work
@@ -234,9 +256,10 @@ cli.add_typer(store_cli, name="store")
 @store_cli.command("verify")
 def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run or a store.")],
-    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged; it is drawn again.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged, for `fgl synthesize`.")] = False,
 ) -> None:
     """Check every file of a store against its checksum; code 1 if one is damaged and not repaired."""
+    _require(folder)
     from fgl_app import store_inspection as inspection
 
     stores = inspection.stores_of(folder.expanduser())
@@ -255,6 +278,7 @@ def stats_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run or a store.")],
 ) -> None:
     """Say what a store holds."""
+    _require(folder)
     from fgl_app import store_inspection as inspection
 
     for held in map(inspection.contents, inspection.stores_of(folder.expanduser())):
@@ -275,6 +299,9 @@ def export_command(
     form: Annotated[Literal["folder", "parquet", "webdataset"], typer.Option("--format", help="Form.")] = "folder",
 ) -> None:
     """Write the synthetic set of a run for other programs: class folders, Parquet, or WebDataset tar files."""
+    from fgl_app.reporting.earlier_start import require_finished
+
+    require_finished(run)
     from fgl_app.reporting.export import export
     from fgl_app.reporting.finished_run import read_run
 
@@ -285,6 +312,24 @@ def _end_with_parent() -> None:
     """End this process in good order when the one that started it is gone: its end of the pipe closes with it."""
     os.read(0, 1)
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Answer Ctrl-C, when everything is stopped, with the command that goes on, and end with a shell's code for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; what was finished is kept. Go on with: {shlex.join(['fgl', *sys.argv[1:]])}", err=True
+        )
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
+def _require(path: Path) -> None:
+    """Check that a path exists, before the libraries are imported that read it."""
+    if not path.expanduser().exists():
+        raise RunFolderError(f"There must be a file or folder {str(path)!r}, but there is none. Correct the path.")
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from fgl_app.records import (
     prompts_reply,
     training_metrics,
 )
-from fgl_app.reporting.run_folder import FREE_KEYS
+from fgl_app.reporting.earlier_start import FREE_KEYS
 from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings
 from fgl_app.training import pick_device

@@ -16,16 +16,13 @@ from fgl_app.config import default_run_config
 from fgl_app.environment import child_environment
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.experiment_reader import load_experiment, read_experiment
-from fgl_app.experiments import Results, Run, settings_of
+from fgl_app.experiments import EXPERIMENT_FILE, Results, Run, settings_of
 from fgl_app.files import write_atomically
 from fgl_app.phases import resolve
 from fgl_app.reporting.comparison_tables import write_tables
 from fgl_app.reporting.run_folder import IDENTITIES
 from fgl_app.resources import check_client_resources, machine_resources
 from fgl_app.user_files import write_yaml
-
-EXPERIMENT_FILE = "experiment.yaml"
-"""Copy of the experiment in the folder of its runs."""
 
 
 def compare(

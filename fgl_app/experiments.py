@@ -13,6 +13,8 @@ from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.files import checkpoint_file
 from fgl_app.settings import RunConfigValue, Settings
 
+EXPERIMENT_FILE = "experiment.yaml"
+"""Copy of the experiment in the folder of its runs."""
 Measure = Literal["final_accuracy", "selected_accuracy", "paper_metric", "validation_accuracy"]
 FigureKind = Literal["bars", "by-round", "by-upload", "by-seconds", "by-column", "by-epsilon"]
 Results = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]

@@ -87,7 +87,8 @@ def resolve(settings: Settings) -> dict[str, str]:
     return {
         "output_dir": str(Path(settings.run.output_dir).expanduser()),
         "device": str(pick_device(settings.run.device)),
-        "synthesis_device": str(synthesis_device(settings)),
+        "synthesis_device": str(drawn_on := synthesis_device(settings)),
+        "synthesis_batch_size": str(draw_batch_size(str(drawn_on), synthesis.synthesis_batch_size)),
         "data_set": settings.card.title,
         "card": settings.card.digest(),
         "class_names": ",".join(settings.card.class_names()),

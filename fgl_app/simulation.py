@@ -25,6 +25,7 @@ from fgl_app.config import APP_FOLDER, default_run_config, parse_run_config
 from fgl_app.environment import child_environment, temporary_home
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.foundation_models import check_model_source
+from fgl_app.reporting.earlier_start import say_if_finished
 from fgl_app.resources import check_client_resources, machine_resources
 from fgl_app.settings import RunConfigValue, RunSettings
 
@@ -44,6 +45,8 @@ def simulate(
 ) -> None:
     """Run the application with ``num_clients`` simulated clients and wait for its end.
 
+    A run that an earlier start has finished is left as it is; a sentence says so.
+
     Args:
         overrides: Run configuration that differs from the defaults.
         num_clients: Simulated clients.
@@ -52,6 +55,7 @@ def simulate(
 
     Raises:
         ConfigError: If the configuration is wrong; nothing is started then.
+        RunFolderError: If the run's folder belongs to a run with other settings; nothing is started then.
         RunFailedError: If the run did not complete.
     """
     if os.name != "posix":
@@ -59,6 +63,9 @@ def simulate(
     chosen = dict(overrides) | {"num-clients": num_clients}
     settings = parse_run_config(default_run_config() | chosen)
     check_client_gpus(settings.run, client_gpus)
+    if (answer := say_if_finished(settings)) is not None:
+        sys.stdout.write(f"{answer}\n")
+        return
     check_client_resources(client_cpus, client_gpus, *machine_resources())
     from clients.defences import read_vocabulary
     from fgl_app.checks import check_settings  # seconds of import, which a misspelt key does not wait for
@@ -81,8 +88,8 @@ def simulate(
         status = _status(run_id, environment) if run_id else "never started"
     if code != 0 or status != "finished:completed":
         raise RunFailedError(
-            f"Flower must report the run as finished:completed, but reports {status}. The log above has the reason; "
-            "what was finished is kept and a second start with the same `run-name` resumes."
+            f"Flower must report the run as finished:completed, but reports {status}. The log above has the reason. "
+            "What was finished is kept; once the reason is gone, the same command goes on from there."
         )
 
 

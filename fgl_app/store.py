@@ -51,8 +51,8 @@ class DamagedUnitsError(SynthesisError):
         self.units = list(units)
         super().__init__(
             f"The store {str(folder)!r} must hold what its manifests say, but is damaged at unit "
-            f"{', '.join(self.units[:3])}{' and others' if len(self.units) > 3 else ''}. Start the run again with the "
-            "same `run-name`, or repair it with `fgl store verify --repair`; what is missing is drawn again."
+            f"{', '.join(self.units[:3])}{' and others' if len(self.units) > 3 else ''}. Repair it with "
+            "`fgl store verify --repair`, then draw what is missing with `fgl synthesize` and the run's plan.json."
         )
 
 
@@ -279,7 +279,7 @@ class UnitStore:
         if (at < 0).any():
             raise SynthesisError(
                 f"The store {str(self.folder)!r} must hold every image of the plan, but lacks {int((at < 0).sum()):,} "
-                f"of {len(wanted):,}. Start the run again with the same `run-name`; it draws what is missing."
+                f"of {len(wanted):,}. `fgl synthesize` with the run's plan.json draws what is missing."
             )
         at = at[index.row[at] >= 0]
         images: torch.Tensor | None = None

@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from fgl_app.audit.labels import data_name, model_name
 from fgl_app.privacy.membership import SIGNS
 from fgl_app.reporting.audit_section import interval
-from fgl_app.reporting.run_folder import FREE_KEYS
+from fgl_app.reporting.earlier_start import FREE_KEYS
 
 _IGNORED = FREE_KEYS | {"seed", "run-name"}
 """What does not change a model, or differs between the runs of one method."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from fgl_app.errors import ConfigError, SynthesisError
-from fgl_app.files import set_mode
+from fgl_app.files import set_mode, write_json
 from fgl_app.reporting.finished_run import FinishedRun, drawn_set
 from fgl_app.store import UnitStore, as_ids
 
@@ -33,8 +32,9 @@ def export(run: FinishedRun, form: Form, target: Path) -> int:
 
     Args:
         run: A run that drew images.
-        form: ``folder``: one folder per class, as torchvision's ``ImageFolder`` and ``datasets.load_dataset`` read
-            it; ``parquet``: one file that ``datasets.load_dataset`` reads; ``webdataset``: tar shards.
+        form: ``folder``: one folder per class, ``LABEL_NAME``, as torchvision's ``ImageFolder`` and
+            ``datasets.load_dataset`` read it, beside ``classes.json``, the names in the order of their labels;
+            ``parquet``: one file that ``datasets.load_dataset`` reads; ``webdataset``: tar shards.
         target: A folder that does not exist yet; it appears when it is complete.
 
     Raises:
@@ -77,12 +77,13 @@ def _png(image: torch.Tensor) -> bytes:
 
 def _write_folder(images: Iterator[tuple[str, int, bytes]], names: tuple[str, ...], folder: Path) -> int:
     count = 0
-    folders = [folder / name for name in _folder_names(names)]
+    folders = [folder / name for name in folder_names(names)]
     for path in folders:
         path.mkdir()
     for sample_id, label, png in images:
         (folders[label] / f"{sample_id}.png").write_bytes(png)
         count += 1
+    write_json(folder / "classes.json", list(names))
     return count
 
 
@@ -122,18 +123,13 @@ def _write_tars(images: Iterator[tuple[str, int, bytes]], names: tuple[str, ...]
     return count
 
 
-def _folder_names(names: tuple[str, ...]) -> list[str]:
-    """Return the name of a folder for each class, all different, also where a file system ignores case.
+def folder_names(names: Sequence[str]) -> list[str]:
+    """Return the name of a folder for each class: its label, with zeros before it, and its name as far as it is safe.
 
-    Names that need no change keep theirs; the others get the number of their class behind them where two are alike.
+    Readers count classes in the order of their folders' names, which is then that of the model's labels.
     """
-    found = [_file_name(name) for name in names]
-    taken: set[str] = set()
-    for label in sorted(range(len(names)), key=lambda label: found[label] != names[label]):
-        while (key := unicodedata.normalize("NFKC", found[label]).casefold()) in taken:
-            found[label] += f"-{label}"
-        taken.add(key)
-    return found
+    digits = len(str(len(names) - 1))
+    return [f"{label:0{digits}}_{_file_name(name)}" for label, name in enumerate(names)]
 
 
 def _file_name(name: str) -> str:

@@ -18,6 +18,7 @@ from fgl_app.data.sources import client_rows, load_split
 from fgl_app.errors import ConfigError, DataError, RunFolderError
 from fgl_app.files import read_json_lines
 from fgl_app.prompts import PromptCount
+from fgl_app.reporting.earlier_start import require_finished
 from fgl_app.reporting.figures import spread
 from fgl_app.reporting.run_folder import forgotten_set, store_folder
 from fgl_app.settings import Settings
@@ -73,12 +74,14 @@ def read_run(path: Path) -> FinishedRun:
         RunFolderError: If it holds no finished run, or a damaged one.
     """
     folder = path.expanduser()
+    require_finished(folder)
     config, results = _read(folder, "config.json"), _read(folder, "results.json")
     described = all(isinstance(config.get(key), dict) for key in ("run_config", "resolved"))
     if not described or not all(key in results for key in _NEEDED):
         raise RunFolderError(
             f"{str(folder)!r} must be a run of this version of the application, but its config.json or results.json "
-            "lacks what a report shows. Start the run again with the same `run-name`; what is finished is reused."
+            "lacks what a report shows. Delete results.json and start the run again with the same `run-name`; what is "
+            "finished is reused."
         )
     try:
         settings = parse_run_config(config["run_config"])
@@ -105,7 +108,10 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise RunFolderError(f"{str(folder / name)!r} must be a JSON object, but is damaged. Start the run again.")
+        raise RunFolderError(
+            f"{str(folder / name)!r} must be a JSON object, but is damaged. Delete results.json and "
+            "start the run again, which writes it anew."
+        )
     return value
 
 

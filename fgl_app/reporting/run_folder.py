@@ -20,7 +20,6 @@ import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import load, save
 
-from fgl_app.config import default_run_config
 from fgl_app.errors import RunFolderError
 from fgl_app.files import (
     checkpoint_file,
@@ -32,18 +31,12 @@ from fgl_app.files import (
     write_json_lines,
 )
 from fgl_app.prompts import MergedPrompts, PromptCount
+from fgl_app.reporting.earlier_start import earlier_config, refuse_other_content, run_path
 from fgl_app.reporting.ledger import ReleaseLedger
 from fgl_app.settings import Settings
 from fgl_app.store import Ids, as_ids
 from fgl_app.synthesis.plan import arithmetic_of, draw_batch_size
 
-# A run may go on with other values of these: they change where, how fast or how long it runs, not what it computes.
-# Only the kind of device, and the batch size on a GPU, stay what they were once images are drawn: they decide rounding.
-FREE_KEYS = {
-    "output-dir", "store-dir", "trackers", "num-server-rounds", "device", "synthesis-device",
-    "synthesis-batch-size", "synthesis-workers", "ray-address", "synthesis-wait-s", "captioning-batch-size", "data-dir",
-    "min-clients", "connect-timeout-s", "prompt-deadline-s", "round-deadline-s",
-}  # fmt: skip
 IDENTITIES = ("card", "generator", "captioner", "lora", "decoder", "filter")
 """What is known by its content: a run does not go on, nor counts in a comparison, with another. The last three are
 resolved where they are folders."""
@@ -85,7 +78,7 @@ class RunFolder:
 
     def __init__(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
         """Open or make the folder of these settings; ``resolved`` is what they came to on this machine."""
-        self.path = Path(settings.run.output_dir).expanduser() / settings.run.run_name
+        self.path = run_path(settings)
         self.synthetic = store_folder(self.path, settings.run.store_dir)
         self._checkpoints = self.path / "checkpoints"
         self._settings = settings
@@ -139,23 +132,9 @@ class RunFolder:
         os.pwrite(file, json.dumps(told).encode(), 0)
 
     def _refuse_other_settings(self) -> None:
-        file = self.path / "config.json"
-        if not file.exists():
+        if (found := earlier_config(self._settings)) is None:
             return
-        try:
-            written: dict[str, Any] = json.loads(file.read_text("utf-8"))
-            earlier, resolved = written["run_config"], written["resolved"]
-        except (ValueError, KeyError, TypeError):
-            raise RunFolderError(
-                f"{str(file)!r} must be a run's configuration, but is damaged. Use another `run-name`."
-            ) from None
-        earlier = default_run_config() | earlier  # a key that is newer than the run had the effect of its default
-        for key, value in self._settings.flat().items():
-            if key not in FREE_KEYS and earlier.get(key) != value:
-                raise RunFolderError(
-                    f"`run-name` {self.path.name} must be resumed with the settings it began with, but `{key}` was "
-                    f"{earlier.get(key)!r} and is {value!r} now. Use another `run-name`."
-                )
+        earlier, resolved = found
         if resolved.get("division") != self._resolved.get("division"):
             raise RunFolderError(
                 f"`run-name` {self.path.name} was begun by a version that held out the same test images for every "
@@ -163,11 +142,7 @@ class RunFolder:
                 "`run-name`."
             )
         for key in IDENTITIES:
-            if resolved.get(key) != self._resolved.get(key):
-                raise RunFolderError(
-                    f"`run-name` {self.path.name} must be resumed with the {key} it began with, but its content has "
-                    "changed since. Use another `run-name`."
-                )
+            refuse_other_content(self._settings, key, resolved, self._resolved)
         if (self.path / "plan.json").exists():
             was, now = _arithmetic(earlier, resolved), _arithmetic(self._settings.flat(), self._resolved)
             if was != now:

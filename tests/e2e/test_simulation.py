@@ -94,17 +94,23 @@ def test_the_method_runs_from_prompts_to_results(first_run):
     assert json.loads((run / "config.json").read_text())["run_config"]["seed"] == 3
 
 
-def test_a_second_start_reuses_everything_and_ends_alike(first_run):
+def test_a_second_start_says_that_the_run_is_finished_and_more_rounds_reuse_everything(first_run):
     folder, _, _ = first_run
-    before = results(folder / "a")
+    before = (folder / "a" / "results.json").read_bytes()
+    command = ("run", *WHOLE, f"output-dir={folder}", "run-name=a", "--clients", "3")
 
-    fgl("run", *WHOLE, f"output-dir={folder}", "run-name=a", "--clients", "3", cwd=folder)
+    output = fgl(*command, cwd=folder)
+    assert f"run a is finished: accuracy {results(folder / 'a')['final_accuracy']:.4f} after 2 rounds" in output
+    assert len(output.splitlines()) == 1
+    assert (folder / "a" / "results.json").read_bytes() == before
 
-    after = results(folder / "a")
+    fgl(*command, "num-server-rounds=3", cwd=folder)
+
+    earlier, after = json.loads(before), results(folder / "a")
     assert (after["synthesis"]["generated"], after["synthesis"]["reused"]) == (0, 640)
-    assert after["rounds"] == before["rounds"]
-    assert after["final_accuracy"] == before["final_accuracy"]
-    assert after["synthesis"]["content_hash"] == before["synthesis"]["content_hash"]
+    assert after["rounds"][:2] == earlier["rounds"]
+    assert len(after["rounds"]) == 3
+    assert after["synthesis"]["content_hash"] == earlier["synthesis"]["content_hash"]
 
 
 def test_a_terminated_run_with_actors_of_its_own_stops_everything_and_is_resumed(tmp_path):

@@ -1,6 +1,8 @@
 """Exported sets are read back by the libraries that they are meant for."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import webdataset
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 from fgl_app.cli import cli
 from fgl_app.errors import ConfigError
 from fgl_app.phases import resolve
-from fgl_app.reporting.export import export
+from fgl_app.reporting.export import export, folder_names
 from fgl_app.reporting.finished_run import drawn_set, read_run
 from fgl_app.reporting.run_folder import DrawnSet, RunFolder
 from fgl_app.store import as_ids
@@ -40,8 +42,12 @@ def test_class_folders_are_read_by_torchvision_and_datasets(run, tmp_path):
 
     assert "20 images written" in outcome.output
     folder = ImageFolder(tmp_path / "out")
-    assert {path.rsplit("/", 1)[1][:-4]: folder.classes[label] for path, label in folder.samples} == expected(run)
+    # The labels are the model's: the digits' names in their alphabetical order begin with eight.
+    assert folder.classes[:3] == ["0_zero", "1_one", "2_two"]
+    assert {Path(path).stem: run.class_names[label] for path, label in folder.samples} == expected(run)
+    assert json.loads((tmp_path / "out" / "classes.json").read_text("utf-8")) == list(run.class_names)
     loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), split="train", cache_dir=tmp_path / "cache")
+    assert loaded.features["label"].names == folder.classes
     assert len(loaded) == 20
     with pytest.raises(ConfigError, match="must not exist yet"):
         export(run, "folder", tmp_path / "out")
@@ -87,7 +93,7 @@ def test_a_run_that_deleted_its_prompts_is_exported_alike(run, tmp_path):
     assert export(read_run(run.path), "folder", tmp_path / "out") == 20
 
     folder = ImageFolder(tmp_path / "out")
-    assert {path.rsplit("/", 1)[1][:-4]: folder.classes[label] for path, label in folder.samples} == wanted
+    assert {Path(path).stem: run.class_names[label] for path, label in folder.samples} == wanted
 
 
 def test_whatever_classes_are_called_each_has_a_folder_of_its_own(run, tmp_path):
@@ -96,11 +102,20 @@ def test_whatever_classes_are_called_each_has_a_folder_of_its_own(run, tmp_path)
 
     assert export(named, "folder", tmp_path / "out") == 20
 
-    # Of 3 bytes each, 66 fit into 200. "a_b" and "a_b-0" are taken as they are, so that "a/b" goes on to "a_b-0-0".
-    wanted = ["a_b-0-0", "a_b", "A_B-2", "猫" * 66, "猫" * 66 + "-4", "__", "_", "a_b-0", "_-8", "zero"]
+    # Of 3 bytes each, 66 fit into 200.
+    wanted = [
+        "0_a_b", "1_a_b", "2_A_B", f"3_{'猫' * 66}", f"4_{'猫' * 66}", "5___", "6__", "7_a_b-0", "8__", "9_zero",
+    ]  # fmt: skip
     written = {path.stem: path.parent.name for path in (tmp_path / "out").glob("*/*.png")}
     labels = {name: wanted[label] for label, name in enumerate(names)}
     assert written == {sample: labels[name] for sample, name in expected(named).items()}
+
+
+def test_folders_of_many_classes_stand_in_the_order_of_their_labels():
+    names = [f"class {number}" for number in range(1_000, 0, -1)]
+
+    assert sorted(folder_names(names)) == folder_names(names)
+    assert folder_names(names)[::999] == ["000_class 1000", "999_class 1"]
 
 
 def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 from fgl_app.cards import load_card
 from fgl_app.checks import check_settings
-from fgl_app.config import parse_run_config
+from fgl_app.config import APP_FOLDER, parse_run_config
 from fgl_app.errors import RoundError
 from fgl_app.files import read_json_lines
 from fgl_app.phases import initial_arrays
@@ -455,3 +456,19 @@ def test_clients_that_train_privately_withhold_their_losses(make_grid, settings)
 
     assert reply.content["metrics"]["loss"] == 0.0
     assert reply.content["metrics"]["train_loss"] == 0.0
+
+
+def test_every_file_that_a_run_leaves_is_named_in_the_readme(train_rounds):
+    readme = (APP_FOLDER / "README.md").read_text("utf-8")
+    named = set(re.findall(r"`([\w.-]+)/?`", readme))
+    small = {"images_per_class": 8, "server_epochs": 1, "num_inference_steps": 2, "prompt_level": "embedding"}
+
+    kept = train_rounds("kept", 1, **small, trackers="tensorboard")
+    forgotten = train_rounds("forgotten", 1, **small, retain_prompts=False)
+    write_report(kept)
+
+    left = {path.name for folder in (kept, forgotten) for path in folder.iterdir() if not path.name.startswith(".")}
+    assert left >= {"plan.json", "prompt_round.json", "drawn_set.json", "embeddings.safetensors", "report.html"}
+    assert left <= named
+    resolved = json.loads((kept / "config.json").read_text())["resolved"]
+    assert resolved["synthesis_batch_size"] == "64"  # the settings ask for 32, but a CPU draws a whole unit at a time

@@ -1,0 +1,124 @@
+import json
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer
+from flwr.app import ArrayRecord
+from typer.testing import CliRunner
+
+from fgl_app.cli import _resumable, cli
+from fgl_app.config import parse_run_config
+from fgl_app.errors import ConfigError, RunFolderError
+from fgl_app.phases import resolve
+from fgl_app.reporting.earlier_start import say_if_finished
+from fgl_app.reporting.run_folder import RunFolder
+from fgl_app.simulation import simulate
+
+
+@pytest.fixture
+def finished(run_config):
+    """Settings of a run of two rounds that has ended, as words of the command are parsed, and its folder."""
+    chosen = run_config | {"method": "fedavg", "num-server-rounds": 2, "num-clients": 2}
+    settings = parse_run_config(chosen)
+    folder = RunFolder(settings, resolve(settings))
+    rows = [{"round": number, "accuracy": 0.5 + number / 10} for number in (1, 2)]
+    for row in rows:
+        folder.save_round(row, ArrayRecord({"weight": torch.zeros(2)}))
+    folder.write_results({"rounds": rows, "final_accuracy": 0.7})
+    return {key: value for key, value in chosen.items() if key != "num-clients"}, folder.path
+
+
+def files(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_answered_at_once_and_left_as_it_is(finished, capsys):
+    chosen, folder = finished
+    before = files(folder)
+
+    simulate(chosen, num_clients=2, client_cpus=1, client_gpus=0.0)
+
+    said = capsys.readouterr().out
+    assert "is finished: accuracy 0.7000 after 2 rounds" in said
+    assert str(folder / "results.json") in said
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 77), ("learning-rate", 0.5), ("dataset", "folder")])
+def test_other_settings_are_refused_before_anything_is_checked_or_started(finished, key, value):
+    chosen, folder = finished
+    names = {"class-names": "cat,dog"} if key == "dataset" else {}
+    before = files(folder)
+
+    with pytest.raises(
+        RunFolderError, match=f"must be resumed with the settings it began with, but `({key}|class-names)`"
+    ):
+        simulate(chosen | names | {key: value}, num_clients=2, client_cpus=1, client_gpus=0.0)
+
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_run_of_another_number_of_rounds_is_not_finished(finished, rounds):
+    chosen, _ = finished
+
+    assert say_if_finished(parse_run_config(chosen | {"num-clients": 2, "num-server-rounds": rounds})) is None
+
+
+@pytest.mark.parametrize("lost", ["results.json", "checkpoints/round-0002.safetensors"])
+def test_a_run_whose_end_was_lost_is_not_finished(finished, lost):
+    chosen, folder = finished
+    (folder / lost).unlink()
+
+    assert say_if_finished(parse_run_config(chosen | {"num-clients": 2})) is None
+
+
+COMMANDS = [
+    ["run", "sed=1"], ["run", "dirichlet-beta=0"], ["report", "/nowhere"], ["audit", "/nowhere"],
+    ["audit-captions", "/nowhere", "/tmp"], ["store", "verify", "/nowhere"], ["store", "stats", "/nowhere"],
+    ["store", "export", "/nowhere", "/tmp/out"], ["synthesize", "/nowhere"], ["compare", "/nowhere.yaml"],
+]  # fmt: skip
+LIBRARIES = ("torch", "flwr", "matplotlib", "diffusers", "transformers", "ray", "sklearn")
+
+
+def test_a_wrong_word_or_path_is_answered_without_the_libraries_that_take_seconds():
+    code = (
+        "import json, sys\nfrom typer.testing import CliRunner\nfrom fgl_app.cli import cli\n"
+        f"for words in {COMMANDS!r}:\n"
+        "    done = CliRunner().invoke(cli, words)\n"
+        f"    found = [name for name in {LIBRARIES!r} if name in sys.modules]\n"
+        "    print(json.dumps([words, type(done.exception).__mro__[-4].__name__, str(done.exception), found]))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [words for words, *_ in answers] == COMMANDS
+    for words, base, said, loaded in answers:
+        assert (base, loaded) == ("FGLError", []), words
+        assert "/nowhere" in said or f"`{words[1].partition('=')[0]}`" in said
+
+
+def test_an_interrupted_command_says_how_it_goes_on(monkeypatch, capsys):
+    words = ["run", "run-name=a", "strategy-options=eta=0.1 tau=1", "--clients", "3"]
+    monkeypatch.setattr(sys, "argv", ["/some/where/fgl", *words])
+
+    with pytest.raises(typer.Exit) as ended, _resumable():
+        raise KeyboardInterrupt
+
+    assert ended.value.exit_code == 128 + signal.SIGINT
+    command = capsys.readouterr().err.split("Go on with: ")[1].strip()
+    assert shlex.split(command) == ["fgl", *words]
+
+
+def test_a_mistake_in_an_experiment_is_answered_before_its_folder_is_made(tmp_path):
+    (tmp_path / "own.yaml").write_text("title: x\nseeds: [no]\n")
+
+    outcome = CliRunner().invoke(cli, ["compare", str(tmp_path / "own.yaml"), "--output-dir", str(tmp_path / "out")])
+
+    assert isinstance(outcome.exception, ConfigError)
+    assert not (tmp_path / "out").exists()
