@@ -23,7 +23,7 @@ from fgl_app.data.sources import ClientData
 from fgl_app.errors import PromptError
 from fgl_app.foundation_models import identity_of, text_shape
 from fgl_app.privacy.prompt_leaks import public_words
-from fgl_app.prompts import PromptCount, PromptLimits, class_prompts, read_blocked_words
+from fgl_app.prompts import PromptCount, PromptLimits, class_prompts, limits_of
 from fgl_app.records import Upload, check_embeddings_fit
 from fgl_app.settings import RunConfigValue, Settings
 from fgl_app.training import pick_device
@@ -101,15 +101,10 @@ def _limits_known(settings: Settings, num_prompts: int) -> PromptLimits:
     A file of blocked words lies at the server. And where noise hides what the prompt of an image says, none may be left
     out for what it says: how many were sent would tell.
     """
-    policy = settings.policy
-    in_file = policy.blocked_words.startswith(("/", "~"))
-    hidden = settings.prompts.embedding_epsilon > 0
-    return PromptLimits(
-        num_prompts if hidden else policy.max_prompts_per_client,
-        policy.max_prompt_chars,
-        () if in_file or hidden else read_blocked_words(policy.blocked_words),
-        policy.max_classes,
-    )
+    limits = limits_of(settings.policy, of_server=False)
+    if not settings.prompts.embedding_epsilon:
+        return limits
+    return dataclasses.replace(limits, max_prompts=num_prompts, blocked_words=())
 
 
 def _caption_filter(settings: Settings, class_names: Sequence[str]) -> CaptionFilter:
