@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import secrets
@@ -70,7 +71,8 @@ def simulate(
     from clients.defences import read_vocabulary
     from fgl_app.checks import check_settings  # seconds of import, which a misspelt key does not wait for
 
-    check_settings(settings)
+    with _unsaid():
+        check_settings(settings)
     if settings.prompts.prompt_level != "class":  # the clients are on this machine
         check_model_source(
             "captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json", tiny.CAPTIONER
@@ -150,6 +152,18 @@ def _value(text: str) -> RunConfigValue:
 def _toml(value: RunConfigValue) -> str:
     # JSON's strings, numbers and booleans are TOML's, too.
     return json.dumps(value, ensure_ascii=False)
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """Log errors only: the server checks the same a minute later, and its lines are those that are kept."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from PIL import Image
 from fgl_app.checks import check_settings
 from fgl_app.config import parse_run_config
 from fgl_app.errors import DataError
+from fgl_app.simulation import _unsaid
 
 
 @pytest.fixture
@@ -74,3 +75,12 @@ def test_a_test_part_without_a_readable_image_is_refused(pets, tmp_path):
         DataError, match=r"None of these \d images can be decoded \(\d not an image of a known format\)"
     ):
         check_settings(settings)
+
+
+def test_what_the_server_will_say_is_not_said_before_it_starts(pets, caplog):
+    with _unsaid():
+        check_settings(pets({"cat": 20, "dog": 20}))
+    assert not caplog.records
+
+    check_settings(pets({"fox": 20}))
+    assert any("images are held out for the test" in record.getMessage() for record in caplog.records)
