@@ -74,11 +74,11 @@ def test_a_clone_with_windows_line_ends_keeps_scripts_and_shipped_models(tmp_pat
         (made / name).write_bytes((APP_FOLDER / name).read_bytes())
 
     def git(*words: object) -> None:
-        settings = ("-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "core.autocrlf=false")
-        subprocess.run(["git", *settings, *map(str, words)], cwd=made, check=True, capture_output=True)
+        author = ("-c", "user.name=t", "-c", "user.email=t@example.com")
+        subprocess.run(["git", *author, *map(str, words)], cwd=made, check=True, capture_output=True)
 
     git("init")
-    git("add", "--all", "--force")
+    git("-c", "core.autocrlf=false", "add", "--all", "--force")
     git("commit", "--message", "all")
     git("clone", "--config", "core.autocrlf=true", made, tmp_path / "clone")
 

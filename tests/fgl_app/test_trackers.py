@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 
 import mlflow
 import pytest
@@ -138,7 +139,11 @@ def test_wandb_goes_on_with_its_run_after_a_restart_and_is_sent_no_output(run_co
         tracker.close()
 
     run_id = (tmp_path / "wandb-run.txt").read_text()
-    first, second = (path.read_bytes() for path in sorted((tmp_path / "wandb").glob(f"offline-*/run-{run_id}.wandb")))
+    files = sorted((tmp_path / "wandb").glob(f"offline-*/run-{run_id}.wandb"))
+    deadline = time.monotonic() + 120  # another process writes them
+    while not all(b"accuracy" in path.read_bytes() for path in files) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    first, second = (path.read_bytes() for path in files)
     assert b"accuracy\x82\x01\x040.25" in first  # a name, a tag and the length of a text, in the format of the file
     assert b"accuracy\x82\x01\x030.5" in second
     assert b"num-server-rounds" in first
