@@ -155,7 +155,7 @@ def audit_command(
             )
         )
         typer.echo(f"{run}:")
-        for sentence in findings_of(results[-1]):
+        for sentence in findings_of(results[-1].content):
             typer.echo(f"  {sentence}")
         typer.echo(f"  all of it: {run.expanduser() / 'audit' / 'audit.md'}")
     lines = comparison(results)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fgl_app.audit.check import Check
+from fgl_app.audit.check import AuditedRun, Check
 from fgl_app.audit.labels import data_name, model_name
 from fgl_app.audit.material import Material, open_material
 from fgl_app.audit.membership_check import check_membership
@@ -27,7 +27,7 @@ HEADINGS = {
 
 def audit_run(
     path: Path, *, data_dir: Path | None, data_paths: Sequence[Path], backbone: str, shadow_models: int
-) -> dict[str, Any]:
+) -> AuditedRun:
     """Audit one run and write ``audit/`` in its folder, readable by its owner alone.
 
     A part that cannot be done, because images, models or packages are not on this machine, is replaced by a sentence
@@ -41,7 +41,7 @@ def audit_run(
         shadow_models: Shadow models of the likelihood-ratio attack; 0 for none.
 
     Returns:
-        The content of ``audit.json``.
+        The content of ``audit.json``, and the scores of single images.
 
     Raises:
         RunFolderError: If the folder holds no finished run, or cannot be written.
@@ -59,7 +59,7 @@ def audit_run(
         name: {"findings": list(check.findings), **check.content} for name, check in checks.items()
     }
     _write(material.run.path / "audit", f"Audit of run {material.run.path.resolve().name}", result, checks)
-    return result
+    return AuditedRun(result, checks["membership"].scores)
 
 
 def check_runs(paths: Sequence[Path], shadow_models: int) -> None:
@@ -91,7 +91,7 @@ def audit_captions(file: Path, target: Path) -> list[str]:
     return list(check.findings)
 
 
-def findings_of(result: dict[str, Any]) -> list[str]:
+def findings_of(result: Mapping[str, Any]) -> list[str]:
     """Return all sentences of an audit, in the order of its parts."""
     return [sentence for name in HEADINGS if name in result for sentence in result[name]["findings"]]
 

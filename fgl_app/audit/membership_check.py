@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,22 +18,26 @@ from fgl_app.audit.labels import model_name
 from fgl_app.audit.material import Material, RealImages, attacked_images
 from fgl_app.audit.shadow import joined, train_shadows
 from fgl_app.data.images import ImageSet
+from fgl_app.intervals import Interval
+from fgl_app.privacy.gap_intervals import Scored, gap, over_images
+from fgl_app.privacy.lira import one_sided_lira, two_sided_lira
 from fgl_app.privacy.membership import (
+    FALSE_POSITIVE_RATES,
     SIGNS,
     Attack,
-    Estimate,
     Floats,
     allowed_alarms,
     attack,
+    guessing_rate,
     measures,
-    offline_lira,
     roc,
     scaled_confidence,
 )
 from fgl_app.rng import numpy_generator
 from fgl_app.training import normalize, pick_device
 
-LIRA = "LiRA"
+ONE_SIDED, TWO_SIDED = "LiRA, one-sided", "LiRA, two-sided"
+"""The offline attack as Carlini et al. 2022 state it, and as their reference code computes it."""
 SIGNIFICANCE = 0.05
 """Largest probability with which a model that guesses is said to expose some members."""
 _BATCH = 256
@@ -51,9 +56,11 @@ def check_membership(material: Material, shadow_models: int) -> Check:
     images = attacked_images(material, with_rest=shadow_models > 0)
     device = pick_device(material.settings.run.device)
     shadows = _Shadows(material, images, shadow_models, device) if shadow_models else None
-    shown = LIRA if shadow_models else "loss"
+    shown = ONE_SIDED if shadow_models else "loss"
+    ids = image_ids(images)
     flat = material.run.config["run_config"]
     models, values, curves, sentences = [], {}, {}, []
+    scored: dict[int, dict[str, Scored]] = {}
     for server_round in material.audited_rounds():
         name = model_name(flat, server_round, material.last_round)
         network = material.model(server_round)
@@ -61,7 +68,11 @@ def check_membership(material: Material, shadow_models: int) -> Check:
         scores = _scores(of_members, of_others, images)
         values[name] = dict(scores)
         if shadows is not None:
-            scores[LIRA] = shadows.scores(of_members, of_others, images)
+            scores |= shadows.scores(of_members, of_others, images)
+        scored[server_round] = {
+            measure: Scored(ids, len(of_members), SIGNS.get(measure, 1) * np.concatenate(sides))
+            for measure, sides in scores.items()
+        }
         attacks = {}
         for measure, (members, others) in scores.items():
             generator = numpy_generator(material.settings.run.seed, "audit", "bootstrap", server_round, measure)
@@ -76,6 +87,7 @@ def check_membership(material: Material, shadow_models: int) -> Check:
                         "member_mean": float(scores[measure][0].mean()),
                         "other_mean": float(scores[measure][1].mean()),
                         **_as_json(found),
+                        "gap_above_one_shot": _above_one_shot(scored, server_round, measure, material),
                     }
                     for measure, found in attacks.items()
                 },
@@ -91,22 +103,41 @@ def check_membership(material: Material, shadow_models: int) -> Check:
     num_shadow = (len(images.members) + len(images.others)) // 2 + rest if shadow_models else 0
     if shadow_models:
         sentences.append(
-            f"For LiRA {shadow_models} shadow models were trained on {num_shadow:,} images each, a half of those that "
+            f"For LiRA (one-sided as Carlini et al. 2022 state it, two-sided with medians as their code computes it) "
+            f"{shadow_models} shadow models were trained on {num_shadow:,} images each, a half of those that "
             f"were compared and the {rest:,} members that were not; the clients hold {len(images.members) + rest:,}."
         )
-    score = f"LiRA, {shadow_models} shadow models" if shadow_models else "threshold on the loss"
+    score = f"{ONE_SIDED}, {shadow_models} shadow models" if shadow_models else "threshold on the loss"
     return Check(
         sentences,
         {
             "num_members": len(images.members),
             "num_others": len(images.others),
             "least_fpr": least,
+            "guessing": {f"{rate:g}": guessing_rate(rate, len(images.others)) for rate in FALSE_POSITIVE_RATES},
             "shadow_models": shadow_models,
             "shadow_images": num_shadow,
             "models": models,
         },
         {"roc": roc_figure(curves, least, score), "distributions": distributions_figure(values)},
+        scored,
     )
+
+
+def image_ids(images: RealImages) -> npt.NDArray[np.int64]:
+    """Return the identity of each attacked image, members first: the first eight bytes of its pixels' SHA-256."""
+    pixels = [image for side in (images.members, images.others) for image in side.images.numpy()]
+    digests = b"".join(hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()[:8] for image in pixels)
+    return np.frombuffer(digests, dtype="<i8").astype(np.int64)
+
+
+def _above_one_shot(
+    scored: Mapping[int, Mapping[str, Scored]], server_round: int, measure: str, material: Material
+) -> dict[str, float] | None:
+    """Return the gap minus that of the run's one-shot model, which has seen neither side; None without one."""
+    if server_round == 1 or not material.settings.synthesizes:
+        return None
+    return asdict(over_images([scored[server_round][measure]], [scored[1][measure]], gap))
 
 
 def verdict(name: str, attacks: Mapping[str, Attack], num_others: int) -> str:
@@ -133,7 +164,7 @@ def verdict(name: str, attacks: Mapping[str, Attack], num_others: int) -> str:
     return (
         f"{name}: some members can be told from other images, though on the whole the best attack, by {measure}, "
         f"guesses ({area}). With {alarms} among {num_others:,} others the attack by {by} finds "
-        f"{_share(attacks[by].tpr[rate])}, guessing {100 * (allowed + 1) / (num_others + 1):.1f} %."
+        f"{_share(attacks[by].tpr[rate])}, guessing {100 * guessing_rate(rate, num_others):.1f} %."
     )
 
 
@@ -155,12 +186,15 @@ class _Shadows:
         self._confidences = np.stack([scaled_confidence(logits_of(each, pool, device), labels) for each in networks])
         self._inside: npt.NDArray[np.bool_] = inside.numpy()
 
-    def scores(self, of_members: Floats, of_others: Floats, images: RealImages) -> tuple[Floats, Floats]:
-        """Return the attack's score of members and of others."""
+    def scores(self, of_members: Floats, of_others: Floats, images: RealImages) -> dict[str, tuple[Floats, Floats]]:
+        """Return each form's score of members and of others."""
         labels = torch.cat([images.members.labels, images.others.labels]).numpy()
         target = scaled_confidence(np.concatenate([of_members, of_others]), labels)
-        found = offline_lira(target, self._confidences, self._inside)
-        return found[: len(of_members)], found[len(of_members) :]
+        return {
+            name: (found[: len(of_members)], found[len(of_members) :])
+            for name, score in ((ONE_SIDED, one_sided_lira), (TWO_SIDED, two_sided_lira))
+            for found in [score(target, self._confidences, self._inside)]
+        }
 
 
 def _scores(of_members: Floats, of_others: Floats, images: RealImages) -> dict[str, tuple[Floats, Floats]]:
@@ -178,5 +212,5 @@ def _as_json(found: Attack) -> dict[str, Any]:
     }
 
 
-def _share(found: Estimate) -> str:
+def _share(found: Interval) -> str:
     return f"{100 * found.value:.1f} % of the members ({100 * found.low:.1f} to {100 * found.high:.1f} %)"

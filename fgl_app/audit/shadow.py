@@ -18,7 +18,7 @@ from fgl_app.data.sources import divided
 from fgl_app.errors import ConfigError
 from fgl_app.models import from_arrays
 from fgl_app.phases import initial_arrays, train_on_server
-from fgl_app.privacy.membership import random_halves
+from fgl_app.privacy.lira import random_halves
 from fgl_app.rng import derive_seed, numpy_generator, torch_generator
 from fgl_app.settings import Settings
 from fgl_app.training import pick_device

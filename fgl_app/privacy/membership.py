@@ -16,35 +16,27 @@ from scipy.special import entr, log_softmax, logsumexp
 from scipy.stats import hypergeom
 from sklearn.metrics import roc_curve
 
+from fgl_app.intervals import LEVEL, Interval
+
 Floats = npt.NDArray[np.float64]
 
 SIGNS: Mapping[str, int] = {"entropy": -1, "loss": -1, "confidence": 1, "modified entropy": -1}
 """The measures in the order of FGL's Table 3; 1 where members have larger values, -1 where smaller."""
 FALSE_POSITIVE_RATES = (0.001, 0.01)
 """Where true-positive rates are read off, as Carlini et al. 2022 do."""
-CONFIDENCE_LEVEL = 0.95
-"""Of the bootstrap intervals."""
 _RESAMPLES_AT_A_TIME = 50
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
 class Attack:
     """How well one score tells members from others."""
 
-    gap: Estimate
-    """Absolute difference of the means over members and non-members (FGL, Table 3), in the score's own unit."""
-    auc: Estimate
+    gap: Interval
+    """Difference of the means over members and non-members, in the score's own unit; positive where members score as
+    members are taken to. FGL's Table 3 reports its absolute value, which is above zero without any leak."""
+    auc: Interval
     """Area under the ROC curve: probability that a member scores above a non-member; 0.5 is guessing."""
-    tpr: Mapping[float, Estimate]
+    tpr: Mapping[float, Interval]
     """Share of the members found by the best threshold whose false-positive rate is at most the key."""
     p_values: Mapping[float, float]
     """Probability, for each key of ``tpr``, that guessing finds as many members; see :func:`guessing_p_value`."""
@@ -102,45 +94,6 @@ def scaled_confidence(logits: npt.ArrayLike, labels: npt.ArrayLike) -> Floats:
     return np.asarray(log_true - logsumexp(log_p, axis=1))
 
 
-def random_halves(num_images: int, num_models: int, generator: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Choose the images that each shadow model trains on: random halves, and the other half for the next model.
-
-    Args:
-        num_images: N, at least 2.
-        num_models: S, even, so that every image is left out by exactly S / 2 models.
-        generator: Makes the choice.
-
-    Returns:
-        bool ``[S, N]``: whether a model is trained on an image.
-    """
-    inside = np.zeros((num_models, num_images), dtype=bool)
-    for pair in range(0, num_models, 2):
-        inside[pair, generator.permutation(num_images)[: num_images // 2]] = True
-        inside[pair + 1] = ~inside[pair]
-    return inside
-
-
-def offline_lira(target: Floats, shadows: Floats, inside: npt.NDArray[np.bool_]) -> Floats:
-    """Score membership by the offline likelihood-ratio attack (Carlini et al. 2022, Algorithm 1 without its IN models).
-
-    The paper's score is 1 - Pr[Z > phi] for Z ~ N(mu_out, sigma_out^2), where phi is ``target`` and mu_out the mean of
-    an image's ``shadows`` that were not trained on it. Returned is (phi - mu_out) / sigma_out, which orders images
-    alike and does not saturate. With few models the paper takes one sigma_out for all images, as here.
-
-    Args:
-        target: Scaled confidence of each image under the audited model, ``[N]``.
-        shadows: The same under each shadow model, ``[S, N]``, S at least 4.
-        inside: Whether a shadow model was trained on an image, bool ``[S, N]``; each image is left out by two or more.
-
-    Returns:
-        float64 ``[N]``; large for members.
-    """
-    outside = np.ma.array(shadows, mask=inside)
-    mean = np.asarray(outside.mean(axis=0))
-    squares, freedom = float(((outside - mean) ** 2).sum()), int((~inside).sum()) - len(target)
-    return np.asarray((target - mean) / max(float(np.sqrt(squares / freedom)), np.finfo(np.float64).tiny))
-
-
 def attack(
     members: Floats, others: Floats, sign: int, generator: np.random.Generator, num_resamples: int = 1000
 ) -> Attack:
@@ -165,17 +118,12 @@ def attack(
             for size in sizes
         ]
     )
-    tails = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
-    low, high = np.quantile(drawn, tails, axis=0)
-    # The interval is that of the signed difference: where it holds zero, the absolute difference may be zero.
-    least = 0.0 if low[0] <= 0 <= high[0] else min(abs(low[0]), abs(high[0]))
-    tpr = {
-        rate: Estimate(*map(float, (found[index], low[index], high[index])))
-        for index, rate in enumerate(FALSE_POSITIVE_RATES, start=2)
-    }
+    low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
+    gap, auc, *rates = (Interval(*map(float, each)) for each in zip(found, low, high, strict=True))
+    tpr = dict(zip(FALSE_POSITIVE_RATES, rates, strict=True))
     return Attack(
-        Estimate(abs(float(found[0])), float(least), float(max(abs(low[0]), abs(high[0])))),
-        Estimate(*map(float, (found[1], low[1], high[1]))),
+        gap,
+        auc,
         tpr,
         {
             rate: guessing_p_value(
@@ -190,6 +138,15 @@ def attack(
 def allowed_alarms(rate: float, num_others: int) -> int:
     """Return how many of the non-members may be taken for members at a false-positive rate."""
     return math.floor(rate * num_others + 1e-9)
+
+
+def guessing_rate(rate: float, num_others: int) -> float:
+    """Return the share of the members that guessing finds on average at a false-positive rate.
+
+    Guessing ranks the images in a random order. Of M others k = floor(rate M) may stand above the threshold; before the
+    (k + 1)th other a member stands with probability (k + 1) / (M + 1), which is more than the rate for few others.
+    """
+    return (allowed_alarms(rate, num_others) + 1) / (num_others + 1)
 
 
 def guessing_p_value(found: int, allowed: int, num_members: int, num_others: int) -> float:

@@ -51,20 +51,24 @@ def audit_sections(folder: Path, class_names: tuple[str, ...]) -> list[Section]:
 
 
 def _membership(part: Mapping[str, Any]) -> list[Table]:
-    rows = [
-        [
-            model["name"],
-            measure,
-            interval(found["gap"]),
-            interval(found["auc"]),
-            *(interval(found["tpr"][rate], 100, 1) for rate in ("0.01", "0.001")),
-        ]
-        for model in part.get("models", [])
-        for measure, found in model["measures"].items()
-    ]
-    head = ["Model", "Measure", "Gap of the means", "AUC", "Found at 1 % false alarms, %", "At 0.1 %, %"]
-    caption = "Membership inference; in brackets bootstrap intervals of 95 %."
-    return [Table(caption, head, rows)] if rows else []
+    def row(model: Mapping[str, Any], measure: str, found: Mapping[str, Any]) -> list[str]:
+        above = found["gap_above_one_shot"]
+        gaps = [interval(found["gap"]), "—" if above is None else interval(above)]
+        rates = [interval(found["tpr"][rate], 100, 1) for rate in ("0.01", "0.001")]
+        return [model["name"], measure, *gaps, interval(found["auc"]), *rates]
+
+    models = part.get("models", [])
+    rows = [row(model, measure, found) for model in models for measure, found in model["measures"].items()]
+    if not rows:
+        return []
+    guessing = {rate: f"{100 * float(share):.2f}" for rate, share in part["guessing"].items()}
+    head = ["Model", "Measure", "Signed gap of the means", "Minus one-shot's", "AUC"]
+    head += [f"Found at {label} false alarms, %" for label in ("1 %", "0.1 %")]
+    caption = (
+        "Membership inference; in brackets intervals of 95 %. A gap is positive where members look trained on; "
+        f"one-shot has seen neither side. Guessing finds {guessing['0.01']} % and {guessing['0.001']} % of the members."
+    )
+    return [Table(caption, head, rows)]
 
 
 def _leaks(part: Mapping[str, Any], class_names: tuple[str, ...]) -> list[Table]:

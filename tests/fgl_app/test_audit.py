@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from scipy.stats import t as student
+from scipy.stats import norm
 from typer.testing import CliRunner
 
 from clients.approval import wait_for_approval
 from clients.embedding import TextEncoder
+from fgl_app.audit.check import AuditedRun
 from fgl_app.audit.material import all_real_images, attacked_images, open_material
+from fgl_app.audit.membership_check import ONE_SIDED, TWO_SIDED
 from fgl_app.audit.prompt_check import check_prompts, read_captions
 from fgl_app.audit.shadow import joined, training_set
 from fgl_app.audit.tables import comparison
@@ -23,6 +25,7 @@ from fgl_app.checks import check_settings
 from fgl_app.cli import cli
 from fgl_app.config import parse_run_config
 from fgl_app.errors import ApprovalError, ConfigError, RunFolderError
+from fgl_app.privacy.gap_intervals import Scored
 from fgl_app.privacy.membership import SIGNS
 from fgl_app.prompts import PromptCount
 from fgl_app.records import embedding_name
@@ -67,7 +70,7 @@ def test_an_over_trained_run_is_told_from_a_one_shot_model(train_run, tmp_path):
     said = audit(fedavg, fgl, "--shadow-models", 4, "--table", tmp_path / "table.md")
 
     (over_trained,) = result_of(fedavg)["membership"]["models"]
-    assert all(over_trained["measures"][name]["auc"]["low"] > 0.5 for name in ("loss", "modified entropy", "LiRA"))
+    assert all(over_trained["measures"][name]["auc"]["low"] > 0.5 for name in ("loss", "modified entropy", ONE_SIDED))
     assert "FedAvg, 1 round: members can be told from other images by" in said
     one_shot, last = result_of(fgl)["membership"]["models"]
     assert (one_shot["name"], last["name"]) == ("FGL one-shot", "FGL, 2 rounds")
@@ -77,10 +80,15 @@ def test_an_over_trained_run_is_told_from_a_one_shot_model(train_run, tmp_path):
     assert part["num_members"] == part["num_others"] == 80
     assert part["least_fpr"] == 1 / 80
     assert part["shadow_models"] == 4
-    assert list(part["models"][0]["measures"]) == [*SIGNS, "LiRA"]
+    assert list(part["models"][0]["measures"]) == [*SIGNS, ONE_SIDED, TWO_SIDED]
     table = (tmp_path / "table.md").read_text()
     assert "| digits, iid | FedAvg, 1 round |" in table
-    assert re.search(r"the mean gaps of FGL one-shot are below those of FedAvg, 1 round on [34] of 4 measures", table)
+    # Both runs were attacked on the same images, and FedAvg's members stand out from FGL's one-shot model.
+    assert part["models"][0]["measures"]["loss"]["gap_above_one_shot"] is None
+    assert part["models"][1]["measures"]["loss"]["gap_above_one_shot"]["low"] > 0
+    assert "not subtracted" not in table
+    assert "- digits, iid: FGL, 2 rounds against FedAvg, 1 round: " in table
+    assert "| digits, iid | FedAvg, 1 round | 1.23 |" in table  # guessing: one of 81 where no false alarm is allowed
 
 
 def test_centralized_training_is_audited_with_shadow_models(train_run):
@@ -90,7 +98,7 @@ def test_centralized_training_is_audited_with_shadow_models(train_run):
 
     (model,) = result_of(folder)["membership"]["models"]
     assert (model["name"], result_of(folder)["membership"]["num_members"]) == ("Centralized, 1 round", 40)
-    assert "LiRA" in model["measures"]
+    assert {ONE_SIDED, TWO_SIDED} <= set(model["measures"])
     assert "The run drew no images." in said
 
 
@@ -305,41 +313,84 @@ def test_a_number_of_shadow_models_that_leaves_images_in_is_refused(make_fedavg,
         audit(make_fedavg(), "--shadow-models", number)
 
 
-def an_audit(run_config, seed, gaps, **settings):
-    """``audit.json`` of a made-up run."""
+def an_audit(run_config, seed, gaps, ids=range(40), **settings):
+    """Audit of a made-up run on 20 members and 20 others; its one-shot model has no gap."""
     flat = run_config | {"seed": seed, "run-name": f"run-{seed}"} | settings
-    rounds = {1: gaps} if flat["method"] == "fedavg" else {1: gaps, flat["num-server-rounds"]: gaps}
+    rounds = {1: gaps} if flat["method"] == "fedavg" else {1: [0.0] * 4, flat["num-server-rounds"]: gaps}
+    inside = np.arange(40) < 20
+    wobble = np.tile([-0.1, 0.1], 20)
     models = [
         {
             "round": server_round,
             "measures": {
-                name: {
-                    "gap": {"value": gap}, "auc": {"value": 0.5 + gap},
-                    "tpr": {rate: {"value": gap} for rate in ("0.01", "0.001")},
-                }
+                name: {"gap": {"value": gap}, "tpr": {rate: {"value": gap} for rate in ("0.01", "0.001")}}
                 for name, gap in zip(SIGNS, of_round, strict=True)
             },
         }
         for server_round, of_round in rounds.items()
-    ]  # fmt: skip
-    return {"run": {"seed": seed, "run_config": flat}, "membership": {"models": models}}
+    ]
+    scores = {
+        server_round: {
+            name: Scored(np.array(ids), 20, wobble + gap * inside) for name, gap in zip(SIGNS, of_round, strict=True)
+        }
+        for server_round, of_round in rounds.items()
+    }
+    return AuditedRun({"run": {"seed": seed, "run_config": flat}, "membership": {"models": models}}, scores)
 
 
 def test_runs_are_grouped_by_method_over_their_seeds(run_config):
     entropies = [0.1, 0.2, 0.6]
     fedavg = {"method": "fedavg", "num-server-rounds": 1}
-    audits = [an_audit(run_config, seed, [gap, 0.3, 0.3, 0.3], **fedavg) for seed, gap in enumerate(entropies)]
-    audits += [an_audit(run_config, seed, [0.4, 0.1, 0.1, 0.2]) for seed in range(3)]
+    # Every seed has images of its own.
+    own = [range(40 * seed, 40 * seed + 40) for seed in range(3)]
+    audits = [
+        an_audit(run_config, seed, [gap, 0.3, 0.3, 0.3], own[seed], **fedavg) for seed, gap in enumerate(entropies)
+    ]
+    audits += [an_audit(run_config, seed, [0.6, 0.1, 0.3, 0.2], own[seed]) for seed in range(3)]
 
     lines = comparison(audits)
 
+    # Members and others wobble by 0.1 in the model and alike in one-shot, whose wobble cancels theirs.
     mean, sd = statistics.fmean(entropies), statistics.stdev(entropies)
-    half = student.ppf(0.975, 2) * sd / math.sqrt(3)
-    row = next(line for line in lines if "FedAvg, 1 round" in line)
-    cell = f"{mean:.3f} ± {sd:.3f} [{max(0, mean - half):.3f}, {mean + half:.3f}]"
-    assert row.startswith(f"| digits, β = 0.01 | FedAvg, 1 round | {cell} | 0.300 ±")
-    verdict = "the mean gaps of FGL, 2 rounds are below those of FedAvg, 1 round on 3 of 4 measures; not on entropy."
-    assert f"- digits, β = 0.01: {verdict}" in lines
+    rows = [line for line in lines if line.startswith("| digits, β = 0.01 | FedAvg, 1 round |")]
+    assert rows[0].startswith(
+        f"| digits, β = 0.01 | FedAvg, 1 round | {mean:.3f} ± {sd:.3f} [{mean:.3f}, {mean:.3f}] |"
+    )
+    # The paper's absolute gaps have no interval.
+    assert rows[1].startswith(f"| digits, β = 0.01 | FedAvg, 1 round | {mean:.3f} ± {sd:.3f} | 0.300 ± 0.000 |")
+    # One-shot's own gap: s^2 = 0.1^2 20/19 on each side, over three seeds of different images.
+    half = norm.ppf(0.975) * math.sqrt(2 * 0.01 / 19 / 3)
+    one_shot = next(line for line in lines if line.startswith("| digits, β = 0.01 | FGL one-shot |"))
+    assert one_shot.startswith(f"| digits, β = 0.01 | FGL one-shot | 0.000 ± 0.000 [-{half:.3f}, {half:.3f}] |")
+    verdict = next(
+        line for line in lines if line.startswith("- digits, β = 0.01: FGL, 2 rounds against FedAvg, 1 round")
+    )
+    assert "smaller on loss (-0.200 [-0.200, -0.200]), modified entropy (-0.100 " in verdict
+    assert "larger on entropy (+0.300 [+0.300, +0.300])" in verdict
+    # Guessing: with 20 others no false alarm is allowed at either rate, and 1 of 21 members is found.
+    assert sum("| FedAvg, 1 round | 4.76 |" in line for line in lines) == 2
+
+
+def test_seeds_that_share_their_images_are_no_more_certain_than_one(run_config):
+    def width(ids):
+        audits = [an_audit(run_config, seed, [0.2] * 4, ids[seed], method="fedavg") for seed in range(3)]
+        row = next(line for line in comparison(audits) if line.startswith("| digits"))
+        assert "not subtracted" in row  # there is no one-shot model
+        low, high = re.search(r"\[(-?[\d.]+), ([\d.]+)\]", row).groups()
+        return float(high) - float(low)
+
+    shared, own = [range(40)] * 3, [range(40 * seed, 40 * seed + 40) for seed in range(3)]
+
+    assert width(shared) == pytest.approx(width(own) * 3**0.5, abs=0.002)
+
+
+def test_another_seeds_one_shot_model_or_one_of_other_images_is_not_subtracted(run_config):
+    fedavg = {"method": "fedavg", "num-server-rounds": 1}
+    for placebo in (an_audit(run_config, 1, [0.3] * 4), an_audit(run_config, 0, [0.3] * 4, range(100, 140))):
+        lines = comparison([an_audit(run_config, 0, [0.2] * 4, **fedavg), placebo])
+
+        assert "not subtracted" in next(line for line in lines if "| FedAvg, 1 round |" in line)
+        assert not any(line.startswith("- ") for line in lines)
 
 
 def test_runs_that_differ_in_a_setting_are_not_mixed(run_config):
@@ -359,8 +410,10 @@ def test_runs_that_start_from_checkpoints_of_their_seeds_are_one_method(run_conf
         for seed in range(3)
     ]
 
-    assert sum(line.startswith("| digits") for line in comparison(audits)) == 4  # one row in each of the tables
+    assert sum(line.startswith("| digits") for line in comparison(audits)) == 5  # one row in each of the tables
 
 
 def test_nothing_to_compare_is_no_table():
-    assert comparison([{"run": {"run_config": {}, "seed": 0}, "membership": {"findings": ["no images"]}}]) == []
+    content = {"run": {"run_config": {}, "seed": 0}, "membership": {"findings": ["no images"]}}
+
+    assert comparison([AuditedRun(content, {})]) == []
