@@ -69,7 +69,10 @@ def compare(
         finished[run.name] = results = _results(folder, run)
         if results is None:
             failed.append(run.name)
-        outcome = "failed" if results is None else f"{100 * float(results['final_accuracy']):.1f} %"
+        by_validation = experiment.measure == "validation_accuracy"
+        last = {} if results is None else results["rounds"][-1]
+        accuracy = last.get("validation_accuracy" if by_validation else "accuracy", 0.0)
+        outcome = "failed" if results is None else f"{100 * float(accuracy):.1f} %"
         rest = (time.monotonic() - started) / number * (len(left) - number)
         say(
             f"{number}/{len(left)} {run.row}, {run.column}, seed {run.seed}: {outcome} in {seconds:.0f} s; "

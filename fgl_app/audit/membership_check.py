@@ -135,7 +135,8 @@ def _above_one_shot(
     scored: Mapping[int, Mapping[str, Scored]], server_round: int, measure: str, material: Material
 ) -> dict[str, float] | None:
     """Return the gap minus that of the run's one-shot model, which has seen neither side; None without one."""
-    if server_round == 1 or not material.settings.synthesizes:
+    untouched = material.settings.training.initial_weights in ("random", "imagenet")
+    if server_round == 1 or not material.settings.synthesizes or not untouched:
         return None
     return asdict(over_images([scored[server_round][measure]], [scored[1][measure]], gap))
 

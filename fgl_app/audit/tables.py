@@ -215,9 +215,12 @@ def _one_shot(audit: AuditedRun, audits: Sequence[AuditedRun]) -> Mapping[str, S
     """Return the scores of the run's own one-shot model, or of another run's that was attacked on the same images."""
     (attacked, *_) = audit.scores.values()
     for other in (audit, *audits):
-        synthesizes = other.content["run"]["run_config"]["method"] in ("fgl", "gpt-fl")
-        same_seed = other.content["run"]["seed"] == audit.content["run"]["seed"]
-        if synthesizes and same_seed and 1 in other.scores and _same_images(other.scores[1], attacked):
+        flat, same_seed = (
+            other.content["run"]["run_config"],
+            other.content["run"]["seed"] == audit.content["run"]["seed"],
+        )
+        untouched = flat["method"] in ("fgl", "gpt-fl") and flat["initial-weights"] in ("random", "imagenet")
+        if untouched and same_seed and 1 in other.scores and _same_images(other.scores[1], attacked):
             return other.scores[1]
     return None
 

@@ -84,8 +84,8 @@ def test_an_over_trained_run_is_told_from_a_one_shot_model(train_run, tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "| digits, iid | FedAvg, 1 round |" in table
     # Both runs were attacked on the same images, and FedAvg's members stand out from FGL's one-shot model.
-    assert part["models"][0]["measures"]["loss"]["gap_above_one_shot"] is None
-    assert part["models"][1]["measures"]["loss"]["gap_above_one_shot"]["low"] > 0
+    assert part["models"][0]["measures"]["confidence"]["gap_above_one_shot"] is None
+    assert part["models"][1]["measures"]["confidence"]["gap_above_one_shot"]["low"] > 0
     assert "not subtracted" not in table
     assert "- digits, iid: FGL, 2 rounds against FedAvg, 1 round: " in table
     assert "| digits, iid | FedAvg, 1 round | 1.23 |" in table  # guessing: one of 81 where no false alarm is allowed
