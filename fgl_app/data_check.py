@@ -229,10 +229,10 @@ def _sent(checked: CheckedPart, class_names: Sequence[str], settings: Settings, 
         try:
             written = write_own_prompts(client, chosen, {})
             upload = to_upload(written, chosen, client)
-        except FGLError as error:
+            record = prompts_reply(upload, 1, 0).config_records[PROMPTS]
+        except FGLError as error:  # an upload may be larger than the server accepts
             lines.append(f"  {level + ':':11}nothing: {error}")
             continue
-        record = prompts_reply(upload, 1, 0).config_records[PROMPTS]
         size = sum(len(content) for content in record.values() if isinstance(content, bytes))
         lines.append(f"  {level + ':':11}{len(upload.prompts):,} different prompts, {size:,} bytes, such as")
         lines += [f"    {item.count:,} x {item.prompt!r}" for item in written.prompts[:5]]
