@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from fgl_app import tiny
 from fgl_app.errors import ModelError
 from fgl_app.files import cache_folder, canonical_json, set_mode
-from fgl_app.foundation_models import locate
+from fgl_app.foundation_models import load_whole, locate, weights_variant
 
 _DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "4bit": torch.bfloat16,
@@ -53,11 +53,13 @@ class HubCaptioner:
         chosen = resolved_dtype(dtype, device)
         try:
             self._processor: Any = AutoProcessor.from_pretrained(path, revision=pinned, trust_remote_code=False)
-            self._model: Any = AutoModelForImageTextToText.from_pretrained(
-                path, revision=pinned, dtype=_DTYPES[chosen], use_safetensors=True, trust_remote_code=False,
-                **_quantization(chosen, device),
+            self._model: Any = load_whole(
+                AutoModelForImageTextToText, path, revision=pinned, dtype=_DTYPES[chosen], use_safetensors=True,
+                variant=weights_variant(path, pinned), trust_remote_code=False, **_quantization(chosen, device),
             )  # fmt: skip
             self._text = self._prompt()
+        except ModelError as error:
+            raise ModelError(f"`captioner` cannot be used. {error}") from None
         except ImportError as error:  # its text names the package
             raise ModelError(f"`captioner` {source!r} in {chosen} needs a package that is missing: {error}") from None
         except Exception as error:  # a foreign folder fails in any way: a file cut short, other shapes, a template

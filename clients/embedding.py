@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from fgl_app import tiny
 from fgl_app.errors import ConfigError, ModelError
-from fgl_app.foundation_models import locate
+from fgl_app.foundation_models import load_whole, locate, text_shape, weights_variant
 from fgl_app.prompts import PromptCount
 from fgl_app.records import embedding_name
 
@@ -37,19 +37,21 @@ class TextEncoder:
         device: Where to run it.
 
     Raises:
-        ModelError: If the generator has no such encoder.
+        ConfigError: If the generator has no such encoder.
+        ModelError: If its files cannot be loaded, or lack a weight.
     """
 
     def __init__(self, generator: str, revision: str, device: torch.device) -> None:
         """Load tokenizer and encoder."""
+        text_shape(generator, revision)
         path, pinned = locate(generator, revision, tiny.DIFFUSION)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 path, subfolder="tokenizer", revision=pinned, trust_remote_code=False
             )
-            self._model: Any = CLIPTextModel.from_pretrained(
-                path, subfolder="text_encoder", revision=pinned, dtype=torch.float32, use_safetensors=True,
-                trust_remote_code=False,
+            self._model: Any = load_whole(
+                CLIPTextModel, path, subfolder="text_encoder", revision=pinned, dtype=torch.float32,
+                variant=weights_variant(path, pinned, "text_encoder"), use_safetensors=True, trust_remote_code=False,
             )  # fmt: skip
         except (OSError, ValueError) as error:
             raise ModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from fgl_app.records import Upload, check_embeddings_fit
 from fgl_app.settings import RunConfigValue, Settings
 from fgl_app.training import pick_device
 
+if TYPE_CHECKING:
+    from clients.embedding import Encoder
+
 
 @dataclass(frozen=True)
 class WrittenPrompts:
@@ -36,6 +40,8 @@ class WrittenPrompts:
     prompts: list[PromptCount]
     defended: CountedFilter
     """Counts what the defences did to captions."""
+    encoder: Encoder | None
+    """The generator's text encoder, where embeddings are sent."""
 
 
 def write_own_prompts(
@@ -45,13 +51,16 @@ def write_own_prompts(
 
     Raises:
         PromptError: If none is left to send.
-        ConfigError: If there would be more embeddings than one message can carry.
+        ConfigError: If there would be more embeddings than one message can carry, or the generator's text encoder
+            cannot be used.
     """
     by_caption = settings.prompts.prompt_level != "class"
     called = settings.card.prompt_names(data.class_names)
     if settings.prompts.noises_each_image:
         shape = text_shape(settings.synthesis.generator, settings.synthesis.generator_revision)
         check_embeddings_fit(len(data.train), *shape, settings.policy.max_prompts_per_client)
+    # Captioning may take hours: what stands in the way of the embeddings is known before.
+    encoder = _text_encoder(settings) if settings.prompts.prompt_level == "embedding" else None
     defend = CountedFilter(_caption_filter(settings, data.class_names) if by_caption else str)
     written = write_prompts(
         data.train,
@@ -76,14 +85,14 @@ def write_own_prompts(
             "No prompt is left to send: the noise on counts, or what the server refuses, left none. The lines above "
             "say what was refused; otherwise use a larger epsilon."
         )
-    return WrittenPrompts(written, defend)
+    return WrittenPrompts(written, defend, encoder)
 
 
 def to_upload(written: WrittenPrompts, settings: Settings, data: ClientData) -> Upload:
     """Turn a client's prompts into what is uploaded: at the level of embeddings, these in their place."""
     upload = Upload(written.prompts, data.class_names)
-    if settings.prompts.prompt_level == "embedding":
-        upload = _embedded(written.prompts, settings, data)
+    if written.encoder is not None:
+        upload = _embedded(written.prompts, settings, data, written.encoder)
     defend = written.defended
     if settings.prompts.prompt_level != "class" and _tells_what_was_changed(settings):
         upload = dataclasses.replace(upload, defended=(defend.captions, defend.changed, defend.emptied))
@@ -156,13 +165,19 @@ def _captioner(settings: Settings, node_config: Mapping[str, RunConfigValue]) ->
     )
 
 
-def _embedded(written: Sequence[PromptCount], settings: Settings, data: ClientData) -> Upload:
-    from clients.embedding import TextEncoder, embed_prompts  # seconds of import
+def _text_encoder(settings: Settings) -> Encoder:
+    from clients.embedding import TextEncoder  # seconds of import
+
+    return TextEncoder(settings.synthesis.generator, settings.synthesis.generator_revision, torch.device("cpu"))
+
+
+def _embedded(written: Sequence[PromptCount], settings: Settings, data: ClientData, encoder: Encoder) -> Upload:
+    from clients.embedding import embed_prompts  # seconds of import
 
     prompts = settings.prompts
     prompts_of, embeddings = embed_prompts(
         written,
-        TextEncoder(settings.synthesis.generator, settings.synthesis.generator_revision, torch.device("cpu")),
+        encoder,
         summary=prompts.embedding_summary,
         num_clusters=prompts.embedding_clusters,
         clip_norm=prompts.embedding_clip,

@@ -15,7 +15,7 @@ from torch import nn
 
 from fgl_app.data.images import ImageSet, resize
 from fgl_app.errors import ConfigError, ModelError
-from fgl_app.foundation_models import locate
+from fgl_app.foundation_models import load_whole, locate, weights_variant
 from fgl_app.models import imagenet_weights
 from fgl_app.training import normalize
 
@@ -99,7 +99,10 @@ def _of_transformers(source: str, device: torch.device) -> Backbone:
     path, revision = locate(source, "")
     try:
         processor: Any = AutoImageProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
-        model: Any = AutoModel.from_pretrained(path, revision=revision, use_safetensors=True, trust_remote_code=False)
+        model: Any = load_whole(
+            AutoModel, path, spared="pooler", revision=revision, variant=weights_variant(path, revision),
+            use_safetensors=True, trust_remote_code=False,
+        )  # fmt: skip
         model.eval().to(device)
     except (OSError, ValueError) as error:
         raise ConfigError(

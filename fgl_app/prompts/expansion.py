@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fgl_app.cards import PromptForm
 from fgl_app.errors import ModelError
-from fgl_app.foundation_models import locate
+from fgl_app.foundation_models import load_whole, locate, weights_variant
 from fgl_app.prompts.writing import PromptCount, fill, printable
 from fgl_app.rng import derive_seed
 
@@ -57,9 +57,10 @@ class LanguageModelWriter:
         path, pinned = locate(source, revision)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=pinned, trust_remote_code=False)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
-                path, revision=pinned, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-                use_safetensors=True, trust_remote_code=False,
+            self._model: Any = load_whole(
+                AutoModelForCausalLM, path, revision=pinned,
+                dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+                variant=weights_variant(path, pinned), use_safetensors=True, trust_remote_code=False,
             )  # fmt: skip
         except (OSError, ValueError) as error:
             raise ModelError(

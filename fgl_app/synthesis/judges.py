@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fgl_app.errors import ModelError
-from fgl_app.foundation_models import locate
+from fgl_app.foundation_models import load_whole, locate, weights_variant
 
 _ZERO_SHOT_TEMPLATE = "a photo of a {}"
 """CLIP's own (Radford et al. 2021, Section 3.1.4)."""
@@ -50,9 +50,10 @@ class LabelJudge:
             config = AutoConfig.from_pretrained(path, revision=pinned, trust_remote_code=False)
             self._zero_shot = hasattr(config, "text_config")
             kind = AutoModelForZeroShotImageClassification if self._zero_shot else AutoModelForImageClassification
-            self._model: Any = kind.from_pretrained(
-                path, revision=pinned, use_safetensors=True, trust_remote_code=False
-            )
+            self._model: Any = load_whole(
+                kind, path, revision=pinned, variant=weights_variant(path, pinned), use_safetensors=True,
+                trust_remote_code=False,
+            )  # fmt: skip
             self._model.to(device).eval()
             self._processor: Any = (AutoProcessor if self._zero_shot else AutoImageProcessor).from_pretrained(
                 path, revision=pinned, trust_remote_code=False

@@ -196,7 +196,7 @@ def test_noise_without_a_bound_is_refused(encoder):
 
 
 def test_a_generator_without_clips_encoder_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="Embeddings need a `generator`"):
+    with pytest.raises(ConfigError, match="`prompt-level` embedding needs a `generator`"):
         TextEncoder(str(tmp_path), "", CPU)
 
 
