@@ -23,6 +23,7 @@ from benchmarks.common import finish, matrix_peak, parser, take_turns
 from benchmarks.plans import plan_of
 from fgl_app.settings import RunConfigValue
 from fgl_app.store import UnitStore, as_ids
+from fgl_app.synthesis.families import read_family
 from fgl_app.synthesis.generator import Generator, PipelineCall, load_generator, load_pipeline
 from fgl_app.synthesis.plan import Plan
 from fgl_app.synthesis.worker import UnitWorker
@@ -81,7 +82,8 @@ def flop_per_image(plan: Plan, stock: bool) -> float:
     device = torch.device(plan.device)
     generator: Generator
     if stock:
-        generator = PipelineCall(load_pipeline(plan.settings, device), plan.settings)
+        family = read_family(plan.settings.generator, plan.settings.generator_revision, plan.settings.scheduler)
+        generator = PipelineCall(load_pipeline(plan.settings, device), plan.settings, family)
     else:
         generator = load_generator(plan.settings, device)
     conditions = generator.encode([(plan.budget[0].prompt, "")])

@@ -11,12 +11,13 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
 from fgl_app import tiny
+from fgl_app.config import is_chosen
 from fgl_app.data.adequacy import check_classes, warnings_of
 from fgl_app.data.division import DIVISION
 from fgl_app.data.sources import client_rows
 from fgl_app.errors import ConfigError
 from fgl_app.files import checkpoint_file
-from fgl_app.foundation_models import check_model_source, text_shape
+from fgl_app.foundation_models import check_model_source, check_weights, text_shape
 from fgl_app.models import build_model, check_all_trained, check_draws_nothing, check_model, size_of
 from fgl_app.phases import initial_arrays
 from fgl_app.prompts import class_prompts, read_blocked_words
@@ -24,6 +25,7 @@ from fgl_app.prompts.rehearsal import check_class_prompts
 from fgl_app.records import check_embeddings_fit
 from fgl_app.reporting.trackers import open_trackers
 from fgl_app.settings import Settings
+from fgl_app.synthesis.families import read_family
 from fgl_app.synthesis.plan import UNIT_SIZE
 from fgl_app.training import check_device
 from strategies.differential_privacy import with_noise
@@ -86,6 +88,7 @@ def check_settings(settings: Settings) -> Settings:
         check_model_source(
             "generator", synthesis.generator, synthesis.generator_revision, "model_index.json", tiny.DIFFUSION
         )
+        _check_generator(settings)
         for key, value, revision, marker in (
             ("lora", synthesis.lora, "", "pytorch_lora_weights.safetensors"),
             ("decoder", synthesis.decoder, "", "config.json"),
@@ -93,6 +96,8 @@ def check_settings(settings: Settings) -> Settings:
         ):
             if value:
                 check_model_source(key, value, revision, marker)
+                if marker == "config.json":
+                    check_weights(key, value, revision)
         if prompts.prompt_level == "embedding":
             text_shape(synthesis.generator, synthesis.generator_revision)
         # A folder with a captioner lies on the clients, which check it themselves.
@@ -101,6 +106,8 @@ def check_settings(settings: Settings) -> Settings:
             check_model_source(
                 "captioner", prompts.captioner, prompts.captioner_revision, "config.json", tiny.CAPTIONER
             )
+            if prompts.captioner != "tiny":
+                check_weights("captioner", prompts.captioner, prompts.captioner_revision)
         if prompts.embedding_epsilon and importlib.util.find_spec("dp_accounting") is None:
             raise ConfigError(
                 "`embedding-epsilon` needs the package dp-accounting on every client, and it is not installed here. "
@@ -108,6 +115,7 @@ def check_settings(settings: Settings) -> Settings:
             )
         if settings.prompts_from_server and prompts.prompt_writer != "templates":
             check_model_source("prompt-writer", prompts.prompt_writer, prompts.prompt_writer_revision, "config.json")
+            check_weights("prompt-writer", prompts.prompt_writer, prompts.prompt_writer_revision)
     if not settings.own_folders:
         card, data, run = settings.card, settings.data, settings.run
         check_classes(card, data, run.seed)
@@ -176,6 +184,48 @@ def _tell_size(settings: Settings, num_classes: int) -> None:
         uploaded = drawn * num_rounds * num_bytes / 1e6
         told += f"; sent back by {drawn} clients x {num_rounds} rounds: {uploaded:,.0f} MB"
     log(INFO, "%s", told)
+
+
+def _check_generator(settings: Settings) -> None:
+    """Check that the generator can be loaded, and refuse settings of the user's that its pipeline would ignore."""
+    chosen = settings.synthesis
+    family = read_family(chosen.generator, chosen.generator_revision, chosen.scheduler)
+    family.check_solver(chosen.scheduler, chosen.num_inference_steps)
+    if chosen.generator != "tiny":
+        check_weights("generator", chosen.generator, chosen.generator_revision, list(family.components))
+    parts = {name: kind for name, (_, kind) in family.components.items()}
+    here, unguided = f"on this generator, a {family.name}", "where `guidance-scale` is at most 1"
+    is_guided = family.is_embedded or chosen.guidance_scale > 1
+    of_own_loop = {
+        "guidance-start": (chosen.guidance_start, 0.0),
+        "guidance-stop": (chosen.guidance_stop, 1.0),
+        "deep-cache-interval": (chosen.deep_cache_interval, 1),
+    }
+    ignored: list[tuple[str, object, object, str]] = [
+        (key, value, neutral, unguided if family.own_loop else here)
+        for key, (value, neutral) in of_own_loop.items()
+        if value != neutral and is_chosen(settings, key)
+        if not family.own_loop or not (is_guided or key == "deep-cache-interval")
+    ]
+    if not family.guidance and chosen.guidance_scale != 1 and is_chosen(settings, "guidance-scale"):
+        ignored.append(("guidance-scale", chosen.guidance_scale, 1.0, here))
+    if chosen.negative_prompt not in ("card", "") and not (family.takes_negative and is_guided):
+        ignored.append(("negative-prompt", "not empty", '""', unguided if family.takes_negative else here))
+    if chosen.safety_checker and parts.get("safety_checker") != "StableDiffusionSafetyChecker":
+        ignored.append(("safety-checker", "true", "false", here))
+    if chosen.decoder and parts.get("vae") != "AutoencoderKL":
+        ignored.append(("decoder", repr(chosen.decoder), '""', here))
+    for key, value, neutral, where in ignored:
+        raise ConfigError(
+            f"`{key}` has no effect {where}, but is {value}. Leave it at {neutral}, so that no setting changes the "
+            "noise of images and nothing else."
+        )
+    if chosen.generation_size % family.size_factor:
+        lower = chosen.generation_size - chosen.generation_size % family.size_factor
+        raise ConfigError(
+            f"`generation-size` must be a multiple of {family.size_factor} for this generator, but is "
+            f"{chosen.generation_size}. Use {lower or family.size_factor} or {lower + family.size_factor}."
+        )
 
 
 def _check_private_rounds(settings: Settings, num_classes: int) -> None:

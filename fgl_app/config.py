@@ -137,6 +137,16 @@ def parse_run_config(run_config: Mapping[str, RunConfigValue]) -> Settings:
     return settings
 
 
+def is_chosen(settings: Settings, key: str) -> bool:
+    """Return whether a key that is left to the profile or the card by default has another value than theirs."""
+    name = key.replace("-", "_")
+    values: dict[str, RunConfigValue] = dataclasses.asdict(settings.synthesis) | {name: _LEFT_TO_PROFILE[key]}
+    _take_from_profile(settings.card, values)
+    if key in _FROM_CARD and values[name] == _FROM_CARD[key][0]:
+        values[name] = settings.card.defaults.get(key, _FROM_CARD[key][1])
+    return values[name] != settings.flat()[key]
+
+
 def _take_from_profile(card: Card, chosen: dict[str, RunConfigValue]) -> None:
     """Put the profile's values in the place of those that the user left to it."""
     profile = dict(_PROFILES[str(chosen["profile"])])

@@ -25,6 +25,7 @@ from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings
 from fgl_app.store import Ids
+from fgl_app.synthesis.families import read_family
 from fgl_app.synthesis.launch import SynthesisReport, synthesize
 from fgl_app.synthesis.plan import DrawSettings, Plan, draw_batch_size
 from fgl_app.training import Evaluation, evaluate, pick_device, train
@@ -139,40 +140,52 @@ def synthesis_device(settings: Settings) -> torch.device:
 
 
 def draw_plan(settings: Settings, merged: MergedPrompts, embeddings_file: Path) -> Plan:
-    """Decide what the worker shall draw for the merged prompts."""
+    """Decide what the worker shall draw for the merged prompts.
+
+    Settings that the generator's pipeline ignores are left out, so that no image's noise depends on them.
+    """
     chosen = settings.synthesis
+    family = read_family(chosen.generator, chosen.generator_revision, chosen.scheduler)
     shipped = chosen.generator == "tiny"
     device = synthesis_device(settings)
     class_names = tuple(settings.card.prompt_names(merged.class_names))
+    asked = DrawSettings(
+        generator=chosen.generator,
+        generator_revision=tiny.folder_of(tiny.DIFFUSION).name
+        if shipped
+        else _revision_of_hub(chosen.generator, chosen.generator_revision),
+        lora=chosen.lora,
+        decoder=chosen.decoder,
+        scheduler=chosen.scheduler,
+        num_inference_steps=chosen.num_inference_steps,
+        guidance_scale=chosen.guidance_scale,
+        guidance_start=chosen.guidance_start,
+        guidance_stop=chosen.guidance_stop,
+        deep_cache_interval=chosen.deep_cache_interval,
+        safety_checker=chosen.safety_checker,
+        filter=chosen.filter,
+        filter_revision=_revision_of_hub(chosen.filter, chosen.filter_revision),
+        filter_attempts=chosen.filter_attempts,
+        generation_size=chosen.generation_size,
+        stored_size=chosen.stored_size,
+        seed=settings.run.seed,
+        contents=content_of(chosen.generator, chosen.lora, chosen.decoder, chosen.filter),
+        filter_classes=class_names if chosen.filter else (),
+    )
+    negatives = {name: settings.prompt_form(name or None).negative for name in ("", *settings.card.domains)}
     return Plan(
-        DrawSettings(
-            generator=chosen.generator,
-            generator_revision=tiny.folder_of(tiny.DIFFUSION).name if shipped else chosen.generator_revision,
-            lora=chosen.lora,
-            decoder=chosen.decoder,
-            scheduler=chosen.scheduler,
-            num_inference_steps=chosen.num_inference_steps,
-            guidance_scale=chosen.guidance_scale,
-            guidance_start=chosen.guidance_start,
-            guidance_stop=chosen.guidance_stop,
-            deep_cache_interval=chosen.deep_cache_interval,
-            safety_checker=chosen.safety_checker,
-            filter=chosen.filter,
-            filter_revision=chosen.filter_revision,
-            filter_attempts=chosen.filter_attempts,
-            generation_size=chosen.generation_size,
-            stored_size=chosen.stored_size,
-            seed=settings.run.seed,
-            contents=content_of(chosen.generator, chosen.lora, chosen.decoder, chosen.filter),
-            filter_classes=class_names if chosen.filter else (),
-        ),
+        family.effective(asked),
         tuple(spread_budget(merged.prompts, chosen.images_per_class, chosen.prompt_budget == "uniform")),
-        {name: settings.prompt_form(name or None).negative for name in ("", *settings.card.domains)},
+        family.negatives(asked, negatives),
         class_names,
         str(embeddings_file) if merged.embeddings else "",
         str(device),
         draw_batch_size(str(device), chosen.synthesis_batch_size),
     )
+
+
+def _revision_of_hub(source: str, revision: str) -> str:
+    return "" if content_of(source) else revision  # a folder has none
 
 
 def draw_synthetic_set(

@@ -7,12 +7,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderTiny, AutoPipelineForText2Image
 
 from fgl_app import tiny
 from fgl_app.errors import ModelError
-from fgl_app.foundation_models import locate
+from fgl_app.foundation_models import load_whole, locate, weights_variant
+from fgl_app.synthesis.families import Family, read_family
 from fgl_app.synthesis.judges import Judge, LabelJudge, SafetyJudge
 from fgl_app.synthesis.latent_diffusion import LatentDiffusion, complete_embedding
 from fgl_app.synthesis.plan import DrawSettings, Plan
@@ -35,10 +38,11 @@ class Generator(Protocol):
 class PipelineCall:
     """Any pipeline of diffusers (SDXL, SD 3, Flux, Sana, PixArt…) through its own ``__call__``."""
 
-    def __init__(self, pipeline: Any, settings: DrawSettings) -> None:
-        """Take over a loaded pipeline."""
+    def __init__(self, pipeline: Any, settings: DrawSettings, family: Family) -> None:
+        """Take over a loaded pipeline of that family."""
         self._pipeline = pipeline
         self._settings = settings
+        self._family = family
         self._of_thread = threading.local()
 
     def encode(self, prompts: Sequence[tuple[str | torch.Tensor, str]]) -> list[tuple[str | torch.Tensor, str]]:
@@ -48,24 +52,36 @@ class PipelineCall:
     def generate(
         self, conditions: Sequence[tuple[str | torch.Tensor, str]], noise_seeds: Sequence[int]
     ) -> torch.Tensor:
-        """Call the pipeline once; see :class:`Generator`."""
-        settings, pipeline = self._settings, self._own_pipeline()
-        size = settings.generation_size
-        asked: dict[str, Any] = {"height": size, "width": size} if size else {}
+        """Draw as the pipeline does; see :class:`Generator`.
+
+        Some pipelines take no negative prompt for another thing than an empty one, and in a batch all or none have one.
+        """
+        steered = torch.tensor([bool(negative) for _, negative in conditions])
+        if steered.any() and not steered.all():
+            with_one, without = (self._call(conditions, noise_seeds, asked) for asked in (True, False))
+            return torch.where(steered[:, None, None, None].to(with_one.device), with_one, without)
+        return self._call(conditions, noise_seeds, bool(steered.all()))
+
+    def _call(
+        self, conditions: Sequence[tuple[str | torch.Tensor, str]], noise_seeds: Sequence[int], with_negative: bool
+    ) -> torch.Tensor:
+        settings, family, pipeline = self._settings, self._family, self._own_pipeline()
+        asked = family.options(settings)
         embeddings = [prompt for prompt, _ in conditions if isinstance(prompt, torch.Tensor)]
         if embeddings:
             asked["prompt_embeds"] = torch.stack([complete_embedding(item, pipeline) for item in embeddings])
         else:
             asked["prompt"] = [prompt for prompt, _ in conditions]
-        if any(negative for _, negative in conditions):  # some pipelines have no negative prompt at all
+        if family.takes_negative and family.is_guided(settings) and (with_negative or family.needs_negative):
             asked["negative_prompt"] = [negative for _, negative in conditions]
-        images: torch.Tensor = pipeline(
-            **asked,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in noise_seeds],
-            output_type="pt",
-        ).images
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in noise_seeds]
+        images: torch.Tensor = pipeline(**asked, generator=generators).images
+        size = settings.generation_size
+        if size and tuple(images.shape[-2:]) != (size, size):
+            raise ModelError(
+                f"`generation-size` must be a side at which {family.name} draws, but asked for {size} px it draws "
+                f"{images.shape[-1]} x {images.shape[-2]}. Use a multiple of 32, or 0 for its own size."
+            )
         return images.float()
 
     def _own_pipeline(self) -> Any:
@@ -90,10 +106,15 @@ def load_generator(settings: DrawSettings, device: torch.device, dtype: torch.dt
     Raises:
         ModelError: If it cannot be loaded.
     """
+    family = read_family(settings.generator, settings.generator_revision, settings.scheduler)
+    windowed = (settings.guidance_start, settings.guidance_stop, settings.deep_cache_interval) != (0.0, 1.0, 1)
+    if settings.call != family.call or (windowed and not family.own_loop):
+        raise ModelError(
+            f"A plan must hold no setting that {family.name} ignores, such as a guidance window, but this one does. "
+            "Start the run again with this version of the application."
+        )
     pipeline = load_pipeline(settings, device, dtype)
-    return (
-        LatentDiffusion(pipeline, settings) if LatentDiffusion.supports(pipeline) else PipelineCall(pipeline, settings)
-    )
+    return LatentDiffusion(pipeline, settings) if family.own_loop else PipelineCall(pipeline, settings, family)
 
 
 def load_judges(plan: Plan, device: torch.device) -> list[Judge]:
@@ -126,18 +147,21 @@ def load_pipeline(
         ModelError: If it cannot be loaded.
     """
     chosen = dtype or _DTYPES[device.type]
+    family = read_family(settings.generator, settings.generator_revision, settings.scheduler)
     source, pinned = locate(settings.generator, settings.generator_revision, tiny.DIFFUSION)
     try:
+        parts = _load_parts(family, source, pinned, chosen)
         pipeline = AutoPipelineForText2Image.from_pretrained(
-            source, revision=pinned, dtype=chosen, use_safetensors=True, trust_remote_code=False
+            source, revision=pinned, dtype=chosen, use_safetensors=True, trust_remote_code=False, **parts
         )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"`generator` must be a text-to-image pipeline that diffusers loads, but {settings.generator!r} is not "
             f'({type(error).__name__}: {error}). Use "tiny" or a folder or hub id with safetensors weights.'
         ) from None
+    family.check_solver(settings.scheduler, settings.num_inference_steps)
     if settings.scheduler != "own":
-        pipeline.scheduler = with_solver(pipeline.scheduler, settings.scheduler)
+        pipeline.scheduler = SCHEDULERS[settings.scheduler].from_config(pipeline.scheduler.config)
     if settings.lora:
         _fuse_lora(pipeline, settings.lora)
     if settings.decoder:
@@ -148,18 +172,22 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-def with_solver(scheduler: Any, name: str) -> Any:
-    """Return the solver ``name`` with the noise schedule of a pipeline's own.
+def _load_parts(family: Family, source: str, pinned: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Load the parts of a pipeline one by one, each with all of its weights, in half precision where there is no other.
 
-    Raises:
-        ModelError: If the pipeline matches flows, as SD 3 and Flux do: these solvers would take its output for noise.
+    The pipeline itself would draw weights that its files lack at random.
     """
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        raise ModelError(
-            f"`scheduler` must be own for a generator that matches flows, as this one does, but is {name}. Use "
-            "scheduler=own, and with profile=balanced set num-inference-steps, too."
-        )
-    return SCHEDULERS[name].from_config(scheduler.config)
+    parts: dict[str, Any] = {}
+    homes = {"diffusers": diffusers, "transformers": transformers}
+    for name, (library, named) in family.components.items():
+        # A safety checker is a class of its pipeline's package.
+        kind = getattr(homes.get(library) or getattr(diffusers.pipelines, library, None), named, None)
+        if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+            parts[name] = load_whole(
+                kind, source, subfolder=name, revision=pinned, dtype=dtype, use_safetensors=True,
+                variant=weights_variant(source, pinned, name),
+            )  # fmt: skip
+    return parts
 
 
 def _fuse_lora(pipeline: Any, lora: str) -> None:
@@ -176,7 +204,10 @@ def _fuse_lora(pipeline: Any, lora: str) -> None:
 
 def _load_decoder(decoder: str, dtype: torch.dtype) -> Any:
     try:
-        return AutoencoderTiny.from_pretrained(locate(decoder, "")[0], dtype=dtype, use_safetensors=True)
+        path, pinned = locate(decoder, "")
+        return load_whole(
+            AutoencoderTiny, path, dtype=dtype, use_safetensors=True, variant=weights_variant(path, pinned)
+        )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"`decoder` must be a folder or hub id of an AutoencoderTiny such as madebyollin/taesd, but {decoder!r} is "

@@ -20,8 +20,8 @@ from fgl_app.compilation import can_compile, reproducible
 from fgl_app.errors import ModelError
 from fgl_app.synthesis.packing import pack
 from fgl_app.synthesis.plan import DrawSettings
-from fgl_app.synthesis.solvers import is_linear, tabulate
-from fgl_app.synthesis.unet import PlainUNet, is_plain
+from fgl_app.synthesis.solvers import tabulate
+from fgl_app.synthesis.unet import PlainUNet
 
 _DECODED_PIXELS = 8 * 512 * 512
 """Pixels decoded at a time: the decoder needs more memory per image than the UNet."""
@@ -40,7 +40,7 @@ class LatentDiffusion:
     """A generator of the Stable Diffusion 1.x and 2.x family."""
 
     def __init__(self, pipeline: Any, settings: DrawSettings) -> None:
-        """Take over a pipeline for which :func:`supports` holds.
+        """Take over a pipeline whose family says that our own loop draws it.
 
         Args:
             pipeline: A loaded ``StableDiffusionPipeline``.
@@ -77,16 +77,6 @@ class LatentDiffusion:
         if self._device.type == "cuda" and can_compile("synthesis", "cuda"):
             self._full, self._shallow = reproducible(unet.full), reproducible(unet.shallow)
             pipeline.vae.decoder.forward = reproducible(pipeline.vae.decoder.forward)
-
-    @staticmethod
-    def supports(pipeline: Any) -> bool:
-        """Return whether this loop computes what ``pipeline`` would."""
-        return (
-            type(pipeline).__name__ == "StableDiffusionPipeline"
-            and is_plain(pipeline.unet)
-            and isinstance(pipeline.unet.config.sample_size, int)
-            and is_linear(pipeline.scheduler)
-        )
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[tuple[str | torch.Tensor, str]]) -> list[torch.Tensor]:

@@ -18,6 +18,11 @@ from fgl_app.rng import derive_seed
 UNIT_SIZE = 64
 """Images per unit: what a crash can cost at most."""
 
+UNJUDGED_ATTEMPTS = 3
+"""``filter_attempts`` of settings without a judge, whatever the user says: the value that it has by default."""
+LARGE_ENOUGH = 256
+"""``stored_size`` of settings whose images are not larger, whatever the user says: the value that it has by default."""
+
 CPU_BATCH_SIZE = UNIT_SIZE
 """Images drawn at a time on a CPU, whatever the settings say: at another shape the same noise gives pixels that round
 differently, one in some 20,000, by one level."""
@@ -73,11 +78,14 @@ class DrawSettings:
     """Hash of the content of the folders among generator, LoRA, decoder and filter; empty if none is a folder."""
     filter_classes: tuple[str, ...] = ()
     """Classes between which the filter decides; empty without one."""
+    call: str = ""
+    """In what the pipeline is called otherwise than that of Stable Diffusion, see :class:`~.families.Family`."""
 
     def digest(self) -> str:
         """Hash that is equal for equal settings."""
-        # An image from hub ids or shipped models keeps the identity that it had before there were these two.
-        told = {key: value for key, value in asdict(self).items() if key not in ("contents", "filter_classes") or value}
+        # An image from hub ids or shipped models keeps the identity that it had before there were these three.
+        later = ("contents", "filter_classes", "call")
+        told = {key: value for key, value in asdict(self).items() if key not in later or value}
         return hashlib.sha256(canonical_json(told)).hexdigest()
 
 

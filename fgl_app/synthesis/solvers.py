@@ -13,28 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
 
 from fgl_app.errors import ModelError
+from fgl_app.synthesis.families import SOLVERS
 
-SCHEDULERS: Mapping[str, Any] = {
-    "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler,
-    "dpm-solver++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "lcm": LCMScheduler,
-    "tcd": TCDScheduler,
-}
+SCHEDULERS: Mapping[str, Any] = {name: getattr(diffusers, kind) for name, kind in SOLVERS.items()}
 
 
 @dataclass(frozen=True)
@@ -74,19 +59,11 @@ class Solver:
         return last
 
 
-def is_linear(scheduler: Any) -> bool:
-    """Return whether the scheduler's steps are linear in latents and outputs: of a known kind, without clipping."""
-    config = scheduler.config
-    return isinstance(scheduler, tuple(SCHEDULERS.values())) and not (
-        config.get("clip_sample", False) or config.get("thresholding", False)
-    )
-
-
 def tabulate(scheduler: Any, num_inference_steps: int) -> Solver:
     """Read the coefficients off a scheduler of diffusers.
 
     Args:
-        scheduler: One of :data:`SCHEDULERS`, for which :func:`is_linear` holds; it is not changed.
+        scheduler: One of :data:`SCHEDULERS` whose steps are linear, that is without clipping; it is not changed.
         num_inference_steps: Steps as its ``set_timesteps`` counts them; PNDM makes one more.
 
     Raises:

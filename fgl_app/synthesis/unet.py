@@ -10,7 +10,7 @@ steps evaluate the outermost layers only, on the deep features of an earlier ste
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -49,19 +49,25 @@ _PLAIN_BLOCKS = {
     "UNetMidBlock2DCrossAttn",
     "UpBlock2D",
     "CrossAttnUpBlock2D",
-    "NoneType",
+    None,
 }
 
 
-def is_plain(unet: Any) -> bool:
-    """Return whether ``unet`` is of the family: conditioned on a timestep and a text, nothing else."""
-    if type(unet).__name__ != "UNet2DConditionModel":
-        return False
-    blocks = {type(block).__name__ for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)}
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Return whether a ``UNet2DConditionModel`` is of the family: conditioned on a timestep and a text, nothing else.
+
+    Args:
+        config: Its configuration; what an older file leaves out is as in the family.
+    """
+    blocks = {
+        *config.get("down_block_types", ["CrossAttnDownBlock2D"]),
+        config.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
+        *config.get("up_block_types", ["CrossAttnUpBlock2D"]),
+    }
     return (
-        all(unet.config.get(name) == value for name, value in _PLAIN.items())
+        all(config.get(name, value) == value for name, value in _PLAIN.items())
         and blocks <= _PLAIN_BLOCKS
-        and any("CrossAttn" in name for name in blocks)
+        and any("CrossAttn" in str(name) for name in blocks)
     )
 
 

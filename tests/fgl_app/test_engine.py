@@ -6,7 +6,7 @@ import pytest
 import torch
 from plans import CPU, SETTINGS, draw, engine_of, plan_of
 
-from fgl_app.errors import ModelError, SynthesisError
+from fgl_app.errors import ConfigError, SynthesisError
 from fgl_app.prompts import PromptBudget
 from fgl_app.synthesis.engine import Engine
 from fgl_app.synthesis.generator import load_generator, load_pipeline
@@ -103,7 +103,7 @@ def test_a_folder_saved_by_diffusers_draws_the_same(tmp_path):
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="`generator`"):
+    with pytest.raises(ConfigError, match="`generator`"):
         load_pipeline(dataclasses.replace(SETTINGS, generator=str(tmp_path)), CPU)
 
 

@@ -17,9 +17,10 @@ from diffusers import (
 )
 from plans import CPU, SETTINGS, draw, plan_of
 
-from fgl_app.errors import ConfigError, ModelError
+from fgl_app.errors import ConfigError, FGLError, ModelError
 from fgl_app.foundation_models import text_shape
 from fgl_app.prompts import PromptBudget
+from fgl_app.synthesis.families import read_family
 from fgl_app.synthesis.generator import PipelineCall, load_generator, load_pipeline
 from fgl_app.synthesis.latent_diffusion import LatentDiffusion
 from fgl_app.synthesis.plan import DrawSettings
@@ -32,7 +33,7 @@ SEEDS = [5, 6, 7]
 def both(settings: DrawSettings) -> tuple[LatentDiffusion, PipelineCall]:
     ours = load_generator(settings, CPU)
     assert isinstance(ours, LatentDiffusion)
-    return ours, PipelineCall(load_pipeline(settings, CPU), settings)
+    return ours, PipelineCall(load_pipeline(settings, CPU), settings, read_family("tiny", ""))
 
 
 def images(generator, prompts=PROMPTS, seeds=SEEDS) -> torch.Tensor:
@@ -60,12 +61,15 @@ def test_our_loop_draws_what_the_pipeline_draws_in_as_many_steps_as_the_authors_
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"scheduler": "tcd", "num_inference_steps": 60}, "`num-inference-steps` .* TCDScheduler can make, but is 60"),
+        (
+            {"scheduler": "tcd", "num_inference_steps": 60},
+            "`num-inference-steps` .* at most 50 for the solver TCDScheduler .* is 60",
+        ),
         ({"generation_size": 34}, "`generation-size` must be a multiple of 4 .* but is 34. Use 32 or 36"),
     ],
 )
 def test_what_a_generator_cannot_do_is_one_sentence(changes, named):
-    with pytest.raises(ModelError, match=named):
+    with pytest.raises(FGLError, match=named):
         load_generator(dataclasses.replace(SETTINGS, **changes), CPU)
 
 
@@ -174,7 +178,7 @@ def test_a_pipeline_that_matches_flows_draws_with_its_own_solver(flows):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_solver_that_would_take_flows_for_noise_is_refused(flows, scheduler):
     with pytest.raises(
-        ModelError, match=f"`scheduler` must be own for a generator that matches .* but is {re.escape(scheduler)}"
+        ConfigError, match=f"`scheduler` must be own for a generator that matches .* but is {re.escape(scheduler)}"
     ):
         load_generator(dataclasses.replace(flows, scheduler=scheduler), CPU)
 

@@ -15,6 +15,7 @@ from fgl_app.config import APP_FOLDER
 from fgl_app.data.images import ImageSet
 from fgl_app.models import build_model
 from fgl_app.prompts import PromptBudget
+from fgl_app.synthesis.families import read_family
 from fgl_app.synthesis.generator import PipelineCall, load_generator, load_pipeline
 from fgl_app.synthesis.latent_diffusion import LatentDiffusion
 from fgl_app.synthesis.plan import Plan
@@ -33,7 +34,7 @@ def test_the_compiled_loop_draws_what_the_pipeline_draws(scheduler, monkeypatch)
     ours = load_generator(settings, GPU, torch.float32)
     whole = dataclasses.replace(settings, guidance_stop=1.0)
     guided = load_generator(whole, GPU, torch.float32)
-    theirs = PipelineCall(load_pipeline(whole, GPU, torch.float32), whole)
+    theirs = PipelineCall(load_pipeline(whole, GPU, torch.float32), whole, read_family(whole.generator, ""))
 
     images = [(each.generate(each.encode(PROMPTS), [5, 6]) * 255).round() for each in (guided, theirs, ours)]
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import random
 
 import pytest
@@ -72,6 +73,7 @@ def test_the_classes_between_which_a_filter_decides_are_part_of_the_identity(run
 def test_a_retrained_model_at_the_same_place_draws_other_images(run_config, tmp_path, key):
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.parent.mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     settings = parse_run_config(run_config | {key: str(tmp_path)})
     prompts = MergedPrompts((PromptCount(0, "zero", 1),), ("zero", "one"))
     ids = []
@@ -110,6 +112,7 @@ def test_a_plan_draws_on_the_device_that_is_named_for_it(run_config, tmp_path):
 
 def test_what_the_card_says_of_prompts_is_overridden(run_config, tmp_path):
     own = {"class-prompt": "one {class}", "instance-prompt": "{class}: {caption}", "negative-prompt": "grey"}
+    own |= {"guidance-scale": 2.0}
     settings = parse_run_config(run_config | own)
     prompts = MergedPrompts((PromptCount(0, "one zero", 1),), ("zero", "one"))
 

@@ -61,7 +61,7 @@ def test_our_unet_computes_what_that_of_diffusers_does(name, sides):
 
     found = evaluated(theirs, sides)
 
-    assert is_plain(theirs)
+    assert is_plain(theirs.config)
     assert found["expected"].std() > 0.01
     assert not torch.allclose(found["expected"][:3], found["expected"][3:], atol=1e-3)  # the texts differ
     for ours, expected in (
@@ -89,7 +89,7 @@ def test_our_unet_computes_what_that_of_diffusers_does(name, sides):
     ],
 )
 def test_a_unet_that_computes_something_else_is_left_to_its_pipeline(changes):
-    assert not is_plain(unet(**changes))
+    assert not is_plain(unet(**changes).config)
 
 
 @pytest.mark.skipif(lacking_for_compilation("cpu") is not None, reason="needs a C++ compiler and Python's headers")
