@@ -187,7 +187,8 @@ class TrainingSettings:
     (8.6 MB), whatever the size of the images. Clients get and send the whole model in each round; a start says how
     much that is."""
     initial_weights: str
-    """``random``, ``imagenet`` (torchvision's), or the absolute path of a run's checkpoint."""
+    """``random``, ``imagenet`` (torchvision's), or the absolute path of a run's checkpoint. On the same card that run
+    must have the same ``seed``, which divides the images, unless its weights are a one-shot model's."""
     strategy: str
     """A strategy of Flower by the name of its class."""
     strategy_options: str
