@@ -100,6 +100,18 @@ def test_a_site_of_one_class_takes_part(run_config, tmp_path):
     assert evaluated.content["metrics"]["accuracy"] in (0.0, 1.0)
 
 
+def test_a_client_sends_a_noised_embedding_for_each_image(run_config):
+    settings = run_config | {
+        "prompt-level": "embedding", "embedding-clip": 10.0, "embedding-epsilon": 8.0, "max-train-images": 36,
+    }  # fmt: skip
+
+    reply = ask(settings, "query.prompts", {"partition-id": 1, "num-partitions": 3})
+
+    rows = decode_prompts(payload_of(reply))
+    assert [count for _, count, _ in rows] == [1] * reply.content["metrics"]["num-examples"]
+    assert len({name for _, _, name in rows}) == len(rows) > 1
+
+
 def test_a_client_with_too_many_images_for_an_embedding_each_says_so_before_it_loads_a_captioner(run_config, tmp_path):
     settings = run_config | {
         "prompt-level": "embedding", "embedding-clip": 1.0, "embedding-epsilon": 1.0, "max-prompts-per-client": 5,
