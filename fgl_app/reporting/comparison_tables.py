@@ -201,7 +201,7 @@ def _caption(experiment: Experiment, results: Results) -> str:
     chosen = [settings_of(run) for run in experiment.runs(Path("/")) if run.seed == experiment.seeds[0]]
     card = chosen[0].card
     parts = ["training", *(["validation"] if card.validation else []), *(["test"] if card.test else [])]
-    varied = [f"the division of the images into {' and '.join(parts)}"] if len(parts) > 1 else []
+    varied = [f"the division of the images into {_listed(parts)}"] if len(parts) > 1 else []
     if any(settings.data.max_train_images for settings in chosen):
         varied.append("the choice of the training images")
     if any(settings.data.partition != "domain" for settings in chosen):
@@ -215,8 +215,12 @@ def _caption(experiment: Experiment, results: Results) -> str:
     same = f"; {' and '.join(fixed)} {'are' if fixed[-1].endswith('images') else 'is'} the same" if fixed else ""
     return (
         f"Mean ± standard deviation over seeds {seeds};{images} {experiment.num_clients} clients. The seed varies "
-        f"{', '.join(varied[:-1])} and {varied[-1]}{same}."
+        f"{_listed(varied)}{same}."
     )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 _ASSUMPTION = (

@@ -103,9 +103,9 @@ def test_seeds_that_only_one_of_two_methods_has_are_left_out_of_their_difference
 @pytest.mark.parametrize(
     ("settings", "size", "said"),
     [
-        ("dataset: digits", 240, "240 test images; 2 clients. The seed varies the division of the images into training "
-         "and validation and test, the partition over the clients, the first weights, the batches and the noise of the "
-         "synthetic images; the generator is the same."),
+        ("dataset: digits", 240, "240 test images; 2 clients. The seed varies the division of the images into "
+         "training, validation and test, the partition over the clients, the first weights, the batches and the noise "
+         "of the synthetic images; the generator is the same."),
         ("dataset: fashion-mnist, max-train-images: 2000", 10_000, "10,000 test images; 2 clients. The seed varies the "
          "division of the images into training and validation, the choice of the training images, the partition over "
          "the clients, the first weights, the batches and the noise of the synthetic images; the generator and the "
