@@ -20,6 +20,7 @@ from fgl_app.experiments import EXPERIMENT_FILE, Results, Run, settings_of
 from fgl_app.files import write_atomically
 from fgl_app.phases import resolve
 from fgl_app.reporting.comparison_tables import write_tables
+from fgl_app.reporting.folder_lock import held
 from fgl_app.reporting.run_folder import IDENTITIES
 from fgl_app.resources import check_client_resources, machine_resources
 from fgl_app.user_files import write_yaml
@@ -52,40 +53,42 @@ def compare(
 
     Raises:
         ConfigError: If the experiment is wrong, or the folder holds runs of the same name with other settings.
+        RunFolderError: If another process does the same experiment in the folder.
         FGLError: If runs failed, when all others are done; it names them and their logs. Finished runs are kept.
     """
     check_client_resources(client_cpus, client_gpus, *machine_resources())
     experiment = load_experiment(path)
-    runs = experiment.runs(folder, data_dir)
-    finished = {run.name: _results(folder, run) for run in runs}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / EXPERIMENT_FILE, write_yaml(read_experiment(path)).encode())
-    left = [run for run in runs if finished[run.name] is None]
-    say(f"{experiment.title}: {len(runs)} runs, {len(runs) - len(left)} finished, {len(left)} to do, in {folder}")
-    options = ["--clients", str(experiment.num_clients), "--client-cpus", str(client_cpus)]
-    options += ["--client-gpus", str(client_gpus)]
-    started, failed = time.monotonic(), []
-    for number, (run, seconds) in enumerate(_run_all(left, folder / "runs", options, jobs), 1):
-        finished[run.name] = results = _results(folder, run)
-        if results is None:
-            failed.append(run.name)
-        by_validation = experiment.measure == "validation_accuracy"
-        last = {} if results is None else results["rounds"][-1]
-        accuracy = last.get("validation_accuracy" if by_validation else "accuracy", 0.0)
-        outcome = "failed" if results is None else f"{100 * float(accuracy):.1f} %"
-        rest = (time.monotonic() - started) / number * (len(left) - number)
-        say(
-            f"{number}/{len(left)} {run.row}, {run.column}, seed {run.seed}: {outcome} in {seconds:.0f} s; "
-            f"about {rest / 60:.0f} min left"
-        )
-        write_tables(experiment, _by_cell(runs, finished), folder)
-    if failed:
-        raise FGLError(
-            f"All runs must end with results, but {len(failed)} of {len(left)} failed: {', '.join(failed[:3])}"
-            f"{' and others' if len(failed) > 3 else ''}. Their logs are {str(folder / 'runs')!r}/*.log; start `fgl "
-            "compare` again to go on."
-        )
-    return write_tables(experiment, _by_cell(runs, finished), folder)
+    with held(folder, "use another --output-dir"):
+        runs = experiment.runs(folder, data_dir)
+        finished = {run.name: _results(folder, run) for run in runs}
+        write_atomically(folder / EXPERIMENT_FILE, write_yaml(read_experiment(path)).encode())
+        left = [run for run in runs if finished[run.name] is None]
+        say(f"{experiment.title}: {len(runs)} runs, {len(runs) - len(left)} finished, {len(left)} to do, in {folder}")
+        options = ["--clients", str(experiment.num_clients), "--client-cpus", str(client_cpus)]
+        options += ["--client-gpus", str(client_gpus)]
+        started, failed = time.monotonic(), []
+        for number, (run, seconds) in enumerate(_run_all(left, folder / "runs", options, jobs), 1):
+            finished[run.name] = results = _results(folder, run)
+            if results is None:
+                failed.append(run.name)
+            by_validation = experiment.measure == "validation_accuracy"
+            last = {} if results is None else results["rounds"][-1]
+            accuracy = last.get("validation_accuracy" if by_validation else "accuracy", 0.0)
+            outcome = "failed" if results is None else f"{100 * float(accuracy):.1f} %"
+            rest = (time.monotonic() - started) / number * (len(left) - number)
+            say(
+                f"{number}/{len(left)} {run.row}, {run.column}, seed {run.seed}: {outcome} in {seconds:.0f} s; "
+                f"about {rest / 60:.0f} min left"
+            )
+            write_tables(experiment, _by_cell(runs, finished), folder)
+        if failed:
+            raise FGLError(
+                f"All runs must end with results, but {len(failed)} of {len(left)} failed: {', '.join(failed[:3])}"
+                f"{' and others' if len(failed) > 3 else ''}. Their logs are {str(folder / 'runs')!r}/*.log; start "
+                "`fgl compare` again to go on."
+            )
+        return write_tables(experiment, _by_cell(runs, finished), folder)
 
 
 def report_comparison(folder: Path) -> Path:

@@ -36,7 +36,7 @@ from fgl_app.phases import (
     write_server_prompts,
 )
 from fgl_app.prompts import MergedPrompts, fill, limits_of
-from fgl_app.reporting.results import summarize
+from fgl_app.reporting.results import summarize, with_earlier_starts
 from fgl_app.reporting.run_folder import DrawnSet, RunFolder, forgotten_set
 from fgl_app.reporting.trackers import Tracker, open_trackers
 from fgl_app.settings import Settings
@@ -110,6 +110,7 @@ class Session:
         """Find the finished rounds of earlier starts, and what left the clients in them and in unfinished ones."""
         self.class_names = self.settings.card.class_names()
         self.rounds = self.folder.finished_rounds()[: self.settings.run.num_server_rounds]
+        self._finished_before = len(self.rounds)
         self.ledger = self.folder.open_ledger()
         self.trackers = open_trackers(self.settings, self.folder.path)
         self._round_started = time.monotonic()
@@ -157,7 +158,7 @@ class Session:
 
     def results(self) -> dict[str, Any]:
         """Build the content of ``results.json``."""
-        return summarize(
+        found = summarize(
             self.settings,
             self.rounds,
             releases=self.ledger.rows,
@@ -166,6 +167,7 @@ class Session:
             seconds=self.stopwatch.seconds,
             held_out=None if self.settings.own_folders else self._held_out(),
         )
+        return with_earlier_starts(found, self.folder.load_results(), worked=len(self.rounds) > self._finished_before)
 
     def _held_out(self) -> HeldOut:
         return load_held_out(self.settings.card, self.settings.data, self.settings.run.seed)

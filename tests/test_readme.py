@@ -76,3 +76,7 @@ def test_the_gate_lets_the_largest_message_of_a_client_through():
 
     # Prompts and embeddings travel in one piece, weights in several.
     assert int(megabytes) * 2**20 > 2 * MAX_PAYLOAD_BYTES + FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+
+
+def test_git_ignores_what_flower_builds():
+    assert "*.fab" in (APP_FOLDER / ".gitignore").read_text("utf-8").splitlines()

@@ -284,19 +284,24 @@ def _verdict(found: Interval, margin: float) -> str:
 
 
 def _csv(experiment: Experiment, results: Results) -> str:
+    """Build a line for each row, column and seed, also of rows that show an earlier round of another row's runs."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     fields = ["final_accuracy", "selected_accuracy", "paper_metric", "one_shot_accuracy"]
     writer.writerow(
         ["row", "column", "seed", *fields, "validation_accuracy", "rounds", "upload_bytes", "seconds", "images_drawn"]
     )
-    for (row, column), found in results.items():
-        for item in found:
-            synthesis = item["synthesis"] or {}
+    for row, column in ((row.name, column) for row in experiment.rows for column in experiment.columns):
+        owner, own_column, server_round = experiment.cell(row, column)
+        if own_column != column:  # one column's runs stand for all
+            continue
+        for item in results.get((owner, column), []):
+            rounds = item["rounds"][:server_round]
+            shown = dict(item) if server_round is None else dict.fromkeys(fields, rounds[-1]["accuracy"])
+            shown["one_shot_accuracy"] = item["one_shot_accuracy"]
             writer.writerow(
-                [row, column, item["seed"], *(item[name] for name in fields),
-                 item["rounds"][-1]["validation_accuracy"], len(item["rounds"]),
-                 item["upload_bytes"]["total"], sum(map(seconds_of, item["rounds"])),
-                 synthesis.get("images", 0)]
+                [row, column, item["seed"], *(shown[name] for name in fields),
+                 rounds[-1]["validation_accuracy"], len(rounds), sum(line["upload_bytes"] for line in rounds),
+                 sum(map(seconds_of, rounds)), (item["synthesis"] or {}).get("images", 0)]
             )  # fmt: skip
     return text.getvalue()

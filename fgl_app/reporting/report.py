@@ -325,7 +325,7 @@ def _costs(run: FinishedRun) -> Section:
                 [[name, _bytes(value)] for name, value in sizes if value is not None],
             ),
             Table(
-                "Wall-clock time of the phases since the last start of the run.",
+                "Wall-clock time of the phases, all starts of the run that ended with results together.",
                 ["Phase", "Seconds"],
                 [[_PHASES.get(name, name), f"{value:,.1f}"] for name, value in run.results["seconds"].items()],
             ),

@@ -37,7 +37,7 @@ def summarize(
             prompts, ``payload`` and whole ``message``, and of ``all_messages``, and under ``defences`` what those did;
             None if no client was asked.
         synthesis: What the synthesis phase did; None if this start needed none.
-        seconds: Wall-clock seconds of each phase of this start.
+        seconds: Wall-clock seconds of each phase; see :func:`with_earlier_starts`.
         held_out: The common validation and test images; None where every client tests on images of its own.
     """
     selected = max(rounds, key=lambda row: (row["validation_accuracy"], -row["round"]))
@@ -93,3 +93,27 @@ def _privacy(mechanisms: dict[str, Any] | None, defences: dict[str, Any] | None)
     if mechanisms is None and defences is None:
         return None
     return {**(mechanisms or {"mechanisms": [], "total": []}), "defences": defences}
+
+
+def with_earlier_starts(found: dict[str, Any], earlier: Mapping[str, Any], *, worked: bool) -> dict[str, Any]:
+    """Add what ``results.json`` told of the time of earlier starts, which a new start would overwrite.
+
+    The seconds of the phases are added up over all starts that ended with results. What an interrupted start spent on a
+    phase is not among them; the rounds that it finished have seconds of their own.
+
+    Args:
+        found: Of this start, as :func:`summarize` builds it.
+        earlier: The content of ``results.json`` before this start; empty if there was none.
+        worked: Whether this start did any round. One that found all rounds finished changes no number.
+    """
+    before: Mapping[str, float] = earlier.get("seconds") or {}
+    drawn, drawn_before = found["synthesis"], earlier.get("synthesis")
+    if before and not worked:
+        found["seconds"] = dict(before)
+    else:
+        now = found["seconds"]
+        found["seconds"] = {phase: round(now.get(phase, 0) + before.get(phase, 0), 3) for phase in {**before, **now}}
+    same_images = drawn and drawn_before and drawn["content_hash"] == drawn_before["content_hash"]
+    if same_images and not drawn["generated"]:  # how long they took is known from the start that drew them
+        found["synthesis"] = drawn_before
+    return found

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import load, save
@@ -25,13 +21,13 @@ from fgl_app.files import (
     checkpoint_file,
     read_json_lines,
     sha256,
-    try_lock,
     write_atomically,
     write_json,
     write_json_lines,
 )
 from fgl_app.prompts import MergedPrompts, PromptCount
 from fgl_app.reporting.earlier_start import earlier_config, refuse_other_content, run_path
+from fgl_app.reporting.folder_lock import keep_locked
 from fgl_app.reporting.ledger import ReleaseLedger
 from fgl_app.settings import Settings
 from fgl_app.store import Ids, as_ids
@@ -95,7 +91,7 @@ class RunFolder:
         try:
             for folder in (self.path, self._checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            keep_locked(self.path, "use another `run-name`", _LOCK_TIMEOUT_S)
             self._refuse_other_settings()
             write_json(self.path / "config.json", config)
         except OSError as error:
@@ -103,33 +99,6 @@ class RunFolder:
                 f"`output-dir` must be a folder that can be read and written, but {str(self.path)!r} cannot "
                 f"({error.strerror}). Use for example ~/fgl-runs."
             ) from None
-
-    def _lock(self) -> None:
-        """Keep other processes out of the folder while this one lives; wait for one that is about to end.
-
-        Raises:
-            RunFolderError: If another works in it.
-        """
-        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # closing it would give the lock up
-        end = time.monotonic() + _LOCK_TIMEOUT_S
-        while not try_lock(file, self.path):
-            if time.monotonic() > end:
-                holder = _holder(file)
-                os.close(file)
-                raise RunFolderError(
-                    f"One process at a time may work in {str(self.path)!r}, but another does{holder}. Wait until it "
-                    "has ended, end it, or use another `run-name`."
-                )
-            time.sleep(0.5)
-        told = {
-            "host": platform.node(),
-            "process": os.getpid(),
-            "command": Path(sys.argv[0]).name,  # arguments may be secrets
-            "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-            "started_by": os.environ.get("FGL_STARTED_BY", ""),
-        }
-        os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(told).encode(), 0)
 
     def _refuse_other_settings(self) -> None:
         if (found := earlier_config(self._settings)) is None:
@@ -247,6 +216,14 @@ class RunFolder:
         path = self._memory(number)
         return _load_tensors(path, self._checkpoint(number)) if path.exists() else {}
 
+    def load_results(self) -> dict[str, Any]:
+        """Return the content of ``results.json`` of earlier starts; empty if there is none, or it is damaged."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "results.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def write_results(self, results: Mapping[str, Any]) -> Path:
         """Write ``results.json`` and return its path."""
         path = self.path / "results.json"
@@ -276,18 +253,6 @@ class RunFolder:
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
-
-
-def _holder(lock: int) -> str:
-    """Return in words which process has a lock, from what it wrote into the file; empty if that is not known."""
-    try:
-        told = json.loads(os.pread(lock, 4096, 0))
-        if told["host"] == platform.node() and not psutil.pid_exists(told["process"]):
-            return ""  # an earlier one, which has ended
-        started_by = f", started by {told['started_by']}" if told["started_by"] else ""
-        return f": process {told['process']} ({told['command']}) on {told['host']} since {told['since']}{started_by}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def store_of_run(folder: Path) -> Path:

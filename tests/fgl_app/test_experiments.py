@@ -1,6 +1,8 @@
 import csv
 import io
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 
 from fgl_app.comparison import compare, typed
 from fgl_app.config import APP_FOLDER
-from fgl_app.errors import ConfigError
+from fgl_app.errors import ConfigError, RunFolderError
 from fgl_app.experiment_reader import load_experiment, read_experiment
 from fgl_app.experiments import accuracies, epsilon_of, mean_and_sd, seconds_of
 from fgl_app.reporting.comparison_figures import _column_points, _round_points, draw
@@ -164,6 +166,53 @@ def test_images_that_another_run_drew_are_charged_in_seconds(write, tmp_path):
     assert float(row["seconds"]) == 2.0 + 2.0 + 30.0
 
 
+def test_rows_that_show_an_earlier_round_have_lines_of_their_own(write, tmp_path):
+    write_tables(load_experiment(write()), RESULTS, tmp_path)
+
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    shown = [
+        (line["row"], line["column"], line["seed"], line["final_accuracy"], line["rounds"], line["upload_bytes"])
+        for line in lines
+        if line["row"] in ("One-shot", "FGL") and line["column"] == "IID"
+    ]
+    # The first round of FGL's runs, one megabyte each; both rounds are FGL's own lines.
+    assert sorted(shown) == [
+        ("FGL", "IID", "0", "0.9", "2", "2000000"),
+        ("FGL", "IID", "1", "0.7", "2", "2000000"),
+        ("One-shot", "IID", "0", "0.8", "1", "1000000"),
+        ("One-shot", "IID", "1", "0.6", "1", "1000000"),
+    ]
+    assert {line["seconds"] for line in lines if line["row"] == "One-shot"} == {"2.0"}
+    assert [line["column"] for line in lines if line["row"] == "Centralized"] == ["β = 0.01"] * 2
+
+
+def test_a_second_comparison_in_one_folder_is_told_which_process_works_there(write, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from fgl_app.reporting.folder_lock import held\n"
+        "with held(Path(sys.argv[1]), 'x'): print('in', flush=True); sys.stdin.read(1)"
+    )
+    said = []
+    options = {"data_dir": None, "jobs": 1, "client_cpus": 1, "client_gpus": 0.0, "say": said.append}
+    folder = tmp_path / "table"
+    folder.mkdir()
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdin=-1, stdout=-1, cwd=APP_FOLDER) as first:
+        assert first.stdout.readline() == b"in\n"
+        with pytest.raises(RunFolderError, match=rf"process {first.pid}.*use another --output-dir"):
+            compare(write(), folder, **options)
+        first.communicate(b"\n")
+
+    assert said == []
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_every_column_is_described_with_its_unit(write, tmp_path):
+    described = (APP_FOLDER / "examples" / "README.md").read_text("utf-8").split("## Columns and units")[1]
+    write_tables(load_experiment(write()), RESULTS, tmp_path)
+
+    for name in (tmp_path / "results.csv").read_text().splitlines()[0].split(","):
+        assert f"`{name}`" in described
+
+
 def test_what_has_not_run_is_said(markdown):
     text = markdown({})
 
@@ -178,7 +227,7 @@ def test_tables_and_figures_are_files(write, tmp_path):
 
     assert table.read_text("utf-8").startswith("# Two methods")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "results.csv").read_text())))
-    assert len(rows) == sum(map(len, RESULTS.values()))
+    assert len(rows) == sum(map(len, RESULTS.values())) + 4  # and the four runs of FGL again, for One-shot
     assert rows[0]["upload_bytes"] == "3000000"
     for name in ("upload", "bars"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:

@@ -44,6 +44,36 @@ def test_a_server_optimizer_goes_on_after_a_restart_as_if_nothing_had_happened(t
         assert (halves / "checkpoints" / name).read_bytes() == (whole / "checkpoints" / name).read_bytes()
 
 
+def test_a_new_start_does_not_forget_the_seconds_of_earlier_ones(train_rounds):
+    def told(folder):
+        found = json.loads((folder / "results.json").read_text())
+        return found["seconds"], found["synthesis"]
+
+    first = told(train_rounds("again", 2))
+    nothing_left = told(train_rounds("again", 2))
+    longer, synthesis = told(train_rounds("again", 3))
+
+    assert set(first[0]) == {"prompts", "synthesis", "pretraining", "rounds", "total"}
+    assert first[1]["generated"] == 20
+    assert nothing_left == first
+    assert longer["pretraining"] == first[0]["pretraining"]  # no second one
+    assert longer["rounds"] > first[0]["rounds"]
+    assert longer["total"] > first[0]["total"]
+    assert synthesis == first[1]
+
+
+def test_all_that_a_run_measures_is_described_with_its_unit(train_rounds):
+    described = (APP_FOLDER / "examples" / "README.md").read_text("utf-8").split("## Columns and units")[1]
+
+    folder = train_rounds("described", 2)
+
+    names = {name for row in read_json_lines(folder / "metrics.jsonl") for name in row}
+    found = json.loads((folder / "results.json").read_text())
+    settings = {"method", "strategy", "dataset", "partition", "dirichlet_beta", "num_clients", "prompt_round", "rounds"}
+    for name in (names | set(found)) - settings:
+        assert f"`{name}`" in described
+
+
 def test_embeddings_are_uploaded_and_drawn(train_rounds):
     by_mean = {"prompt_level": "embedding", "embedding_summary": "mean", "images_per_class": 16, "server_epochs": 8}
 
