@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from fgl_app.card_reader import read_card
 from fgl_app.card_types import Card, CardClass, Fit, PromptForm, SourceKind
 from fgl_app.errors import ConfigError
-from fgl_app.image_folders import class_folders
+from fgl_app.image_folders import class_folders, class_of
 
 __all__ = ["Card", "CardClass", "Fit", "PromptForm", "SourceKind", "folder_card", "load_card", "shipped_cards"]
 
@@ -84,16 +83,7 @@ def _card_of(folder: Path) -> Card:
         raise ConfigError(
             f"`dataset` {str(folder)!r} must hold one folder of images per class, at least two, but holds {len(names)}."
         )
-    of_names: dict[str, str] = {}
-    for name in names:
-        plain = unicodedata.normalize("NFKC", name)
-        if plain in of_names:
-            raise ConfigError(
-                f"The class folders of {str(folder)!r} must have names that differ in Unicode's normal form NFKC, but "
-                f"{of_names[plain]!r} and {name!r} are both {plain!r}. Rename one of them, or put them together."
-            )
-        of_names[plain] = name
-    classes = tuple(CardClass(plain, plain, name) for plain, name in of_names.items())
+    classes = tuple(CardClass(class_of(name), class_of(name), name) for name in names)
     return dataclasses.replace(
         folder_card(()), name=folder.name, title=f"The folder {folder.name}", locator=str(folder), classes=classes
     )

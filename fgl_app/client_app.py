@@ -44,6 +44,7 @@ Handler = Callable[[Message, Settings, Context], RecordDict]
 _CLIPPING = {"client-fixed": fixedclipping_mod, "client-adaptive": adaptiveclipping_mod}
 """Flower's mod for each value of ``client-dp`` that clips updates on the clients."""
 _FOUND = "found"
+_MOST_NAMES = 20
 """Record in a node's state of the run: what this client has said of its images."""
 
 
@@ -195,21 +196,31 @@ def _data(message: Message, settings: Settings, context: Context) -> ClientData:
             "the server's copy of it."
         )
     data = load_client_data(settings.card, settings.data, context.node_config, settings.run.seed, names)
-    _say_what_was_found(data, context)
+    known = data.class_names if settings.own_folders and (names or settings.card.classes) else ()
+    _say_what_was_found(data, context, [name for name in known if name not in data.findings.num_images])
     return data
 
 
-def _say_what_was_found(data: ClientData, context: Context) -> None:
-    """Log what was found where the images lie, once in a run: Flower starts a process for each message."""
+def _say_what_was_found(data: ClientData, context: Context, absent: Sequence[str] = ()) -> None:
+    """Log what was found where the images lie, once in a run: Flower starts a process for each message.
+
+    Args:
+        data: What the client holds.
+        context: Holds what was said before.
+        absent: The run's classes of which it has no image, as soon as the run's classes are known.
+    """
     told = context.state.get(_FOUND)
+    before = dict(told) if isinstance(told, ConfigRecord) else {}
     digest = data.findings.digest()
-    if isinstance(told, ConfigRecord) and told.get("digest") == digest:
-        return
-    context.state[_FOUND] = ConfigRecord({"digest": digest})
-    for line in data.findings.lines():
-        log(INFO, "client %s: %s", data.partition_id, line)
-    for line in (*data.findings.warnings(), *listed(data.findings.unreadable)):
-        log(WARNING, "client %s: %s", data.partition_id, line)
+    context.state[_FOUND] = ConfigRecord({"digest": digest, "absent": len(absent)})
+    if before.get("digest") != digest:
+        for line in data.findings.lines():
+            log(INFO, "client %s: %s", data.partition_id, line)
+        for line in (*data.findings.warnings(), *listed(data.findings.unreadable)):
+            log(WARNING, "client %s: %s", data.partition_id, line)
+    if absent and before.get("absent") != len(absent):
+        shown = ", ".join(absent[:_MOST_NAMES]) + (" and others" if len(absent) > _MOST_NAMES else "")
+        log(WARNING, "client %s: no image here of %s of the run's classes: %s", data.partition_id, len(absent), shown)
 
 
 def _received_model(message: Message, settings: Settings, class_names: Sequence[str]) -> nn.Module:

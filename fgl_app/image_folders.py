@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def class_folders(folder: Path) -> list[str]:
     """Return the sorted names of a folder's sub-folders, which are its classes.
 
     Raises:
-        DataError: If the folder cannot be read, or is divided into train, test and so on.
+        DataError: If the folder cannot be read, is divided into train, test and so on, or holds two folders of one
+            class.
     """
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if not is_clutter(entry.name) and entry.is_dir())
@@ -66,7 +68,19 @@ def class_folders(folder: Path) -> list[str]:
             f"{str(folder / parts[0])!r}: this application holds images out for validation and test by itself. A "
             "simulation keeps a division that is there with a card, whose `splits` name its folders."
         )
+    folder_of: dict[str, str] = {}
+    for name in names:
+        if (other := folder_of.setdefault(class_of(name), name)) != name:
+            raise DataError(
+                f"The class folders of {str(folder)!r} must have names that differ in Unicode's normal form NFKC, but "
+                f"{other!r} and {name!r} are both {class_of(name)!r}. Rename one of them, or put them together."
+            )
     return names
+
+
+def class_of(name: str) -> str:
+    """Return the class that a folder is named like: macOS writes accents as characters of their own, Linux does not."""
+    return unicodedata.normalize("NFKC", name)
 
 
 def find_images(folder: Path) -> FoundImages:

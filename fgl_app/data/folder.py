@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from fgl_app.data.findings import Findings, decode_readable, findings_of
 from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.data.readers import Part
 from fgl_app.errors import DataError
-from fgl_app.image_folders import describe, find_images, loose_files, total
+from fgl_app.image_folders import class_of, describe, find_images, loose_files, total
 from fgl_app.rng import numpy_generator
 
 SPLIT_SEED = 0
@@ -26,14 +25,10 @@ def class_folders(folder: Path) -> list[str]:
     """Return the classes that a folder's sub-folders are named like.
 
     Raises:
-        DataError: If the folder cannot be read, or is divided into train, test and so on.
+        DataError: If the folder cannot be read, is divided into train, test and so on, or holds two folders of one
+            class.
     """
-    return sorted(set(map(_class_of, image_folders.class_folders(folder))))
-
-
-def _class_of(name: str) -> str:
-    """Return the class that a folder is named like: macOS writes accents as characters of their own, Linux does not."""
-    return unicodedata.normalize("NFKC", name)
+    return sorted(map(class_of, image_folders.class_folders(folder)))
 
 
 def open_folder(folder: Path, class_names: Sequence[str]) -> Part:
@@ -47,7 +42,7 @@ def open_folder(folder: Path, class_names: Sequence[str]) -> Part:
         DataError: If the folder cannot be read, has a sub-folder that is no class, or holds no image.
     """
     folders = image_folders.class_folders(folder)
-    unknown = [name for name in folders if _class_of(name) not in class_names]
+    unknown = [name for name in folders if class_of(name) not in class_names]
     if unknown:
         raise DataError(
             f"Sub-folders of {str(folder)!r} must be named like the classes {', '.join(class_names)}, but "
@@ -56,7 +51,7 @@ def open_folder(folder: Path, class_names: Sequence[str]) -> Part:
     if not folders:
         raise DataError(f"{str(folder)!r} must hold sub-folders named like {', '.join(class_names)}, but holds none.")
     found = {name: find_images(folder / name) for name in folders}
-    rows = [(path, class_names.index(_class_of(name))) for name in folders for path in found[name].files]
+    rows = [(path, class_names.index(class_of(name))) for name in folders for path in found[name].files]
     ignored = loose_files(folder)
     for images in found.values():
         ignored = total(ignored, images.ignored)
@@ -70,7 +65,7 @@ def open_folder(folder: Path, class_names: Sequence[str]) -> Part:
         lambda row: open_picture(rows[row][0]),
         lambda row: str(rows[row][0]),
         ignored,
-        {_class_of(name): images.ignored for name, images in found.items() if _class_of(name) not in held},
+        {class_of(name): images.ignored for name, images in found.items() if class_of(name) not in held},
     )
 
 

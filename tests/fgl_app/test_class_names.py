@@ -8,6 +8,7 @@ from flwr.app import Context, Message, RecordDict
 from fgl_app.checks import check_settings
 from fgl_app.client_app import app
 from fgl_app.config import default_run_config, parse_run_config
+from fgl_app.data.folder import load_folder
 from fgl_app.errors import ConfigError, DataError
 from fgl_app.prompts.rehearsal import check_class_prompts, check_site
 from fgl_app.prompts.screening import MAX_NAME_CHARS, PromptLimits, name_fault, screen_prompts
@@ -52,7 +53,7 @@ def test_a_name_is_refused_before_the_start_if_and_only_if_screening_refuses_all
 def test_a_folder_of_a_class_that_would_not_be_drawn_is_named_before_the_start(tmp_path, folders, named):
     write_tree(tmp_path, folders, 10, "png")
 
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises((ConfigError, DataError), match=named):
         check_settings(settings_of(dataset=str(tmp_path)))
 
 
@@ -116,3 +117,22 @@ def test_a_site_whose_class_would_be_refused_says_so_before_it_sends(tmp_path, c
 
 def test_a_site_cannot_read_the_servers_list_and_needs_not():
     check_site(["cat", "dog"], settings_of(dataset="folder", blocked_words="/on/the/server.txt"))
+
+
+def test_two_folders_of_one_class_are_named_at_a_site_too(tmp_path):
+    write_tree(tmp_path, ["x²", "x2", "y"], 4, "png")
+
+    with pytest.raises(DataError, match="'x2' and 'x²' are both 'x2'"):
+        load_folder(tmp_path, ["x2", "y"], 8)
+
+
+def test_a_site_says_once_which_of_the_runs_classes_it_has_none_of(tmp_path, caplog):
+    settings = settings_of(dataset="folder", class_names="cat,dog,fox")
+    write_tree(tmp_path, ["cat"], 4, "png")
+    context = Context(1, 7, {"data-path": str(tmp_path)}, RecordDict(), settings.flat())
+
+    with caplog.at_level(logging.WARNING, "flwr"):
+        for _ in range(2):
+            app(Message(RecordDict(), dst_node_id=7, message_type="query.prompts"), context)
+
+    assert caplog.text.count("no image here of 2 of the run's classes: dog, fox") == 1
