@@ -334,7 +334,7 @@ def _require(path: Path) -> None:
 
 def main() -> None:
     """Run the command line; errors of this application are one sentence on stderr and code 1."""
-    from fgl_app.environment import use_own_packages
+    from fgl_app.environment import use_own_packages, use_proxies
 
     # A terminated run stops its SuperLink and everything below it, as an interrupted one does.
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and `nohup` ignores it
@@ -346,6 +346,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         use_own_packages()
+        use_proxies()
         cli()
     except FGLError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -20,6 +20,7 @@ from fgl_app.client_prompts import to_upload, write_own_prompts
 from fgl_app.config import parse_run_config
 from fgl_app.data.findings import listed
 from fgl_app.data.sources import ClientData, load_client_data
+from fgl_app.environment import use_proxies
 from fgl_app.errors import DataError, FGLError
 from fgl_app.files import canonical_json, sha256
 from fgl_app.models import build_model, from_arrays, to_arrays
@@ -56,6 +57,7 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
 
     @functools.wraps(handler)
     def wrapped(message: Message, context: Context) -> Message:
+        use_proxies()
         try:
             return Message(handler(message, parse_run_config(context.run_config), context), reply_to=message)
         except FGLError as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from urllib.request import url2pathname
 
 from fgl_app.config import APP_FOLDER
 from fgl_app.errors import ConfigError
@@ -17,6 +19,7 @@ from fgl_app.errors import ConfigError
 _OWN_PACKAGES = ("fgl_app", "strategies", "clients")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _LOOPBACK = ("127.0.0.1", "localhost")
+_LOGGER = logging.getLogger("flwr.environment")
 
 _DROPPED = {
     "PYTHONINSPECT",  # a worker that goes on as an interactive session never ends
@@ -72,8 +75,20 @@ def child_environment(ray_address: str = "", **chosen: str) -> dict[str, str]:
         # Flower starts its parts by bare name.
         "PATH": os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), given.get("PATH")])),
     }
-    unproxied = _no_proxy(given)
-    return environment | {"no_proxy": unproxied, "NO_PROXY": unproxied} | chosen
+    return environment | _no_proxy(given) | chosen
+
+
+def use_proxies() -> None:
+    """Have this process ask the proxies that can be used and no others, and say which those are."""
+    for name, value in list(os.environ.items()):
+        if name.lower() in _PROXIES and not _is_usable_proxy(value):
+            del os.environ[name]  # its value may hold a password
+            _LOGGER.warning(
+                "The proxy of %s is not used: it needs a package that is not installed, or is of a kind that is not "
+                "known; for socks5:// use pip install 'httpx[socks]'.",
+                name,
+            )
+    os.environ.update(_no_proxy(os.environ))
 
 
 def _is_passed_on(name: str, value: str, ray_address: str) -> bool:
@@ -92,17 +107,22 @@ def _absolute(uri: str) -> str:
     database = "sqlite:///"
     if uri.startswith(database):
         return database + os.path.abspath(uri.removeprefix(database))
+    if uri.startswith("file:"):
+        path = uri.removeprefix("file:")
+        return uri if path.startswith("/") else Path(url2pathname(path)).absolute().as_uri()
     return uri if ":" in uri or uri == "databricks" else os.path.abspath(uri)
 
 
-def _no_proxy(given: Mapping[str, str]) -> str:
-    """Return the hosts for which no proxy is asked: the user's, and this machine's own addresses.
+def _no_proxy(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of the hosts for which no proxy is asked: the user's, and this machine's own addresses.
 
-    Networks of IPv6, and its addresses in brackets, are left out: httpx, with which Flower talks, fails at them.
+    Networks of IPv6, and its addresses in brackets, are left out: httpx, with which Flower talks, fails at them. All
+    hosts, ``*``, stay alone: beside others, urllib and requests do not understand it.
     """
     entries = [entry.strip() for name in ("no_proxy", "NO_PROXY") for entry in given.get(name, "").split(",")]
     usable = [entry for entry in entries if "://" in entry or not (":" in entry and ("[" in entry or "/" in entry))]
-    return ",".join(dict.fromkeys(filter(None, [*usable, *_LOOPBACK])))
+    hosts = "*" if "*" in usable else ",".join(dict.fromkeys(filter(None, [*usable, *_LOOPBACK])))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 def _is_usable_proxy(value: str) -> bool:

@@ -21,6 +21,7 @@ from fgl_app.checks import check_settings, inner_strategy
 from fgl_app.config import parse_run_config
 from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.data.sources import load_held_out, load_split
+from fgl_app.environment import use_proxies
 from fgl_app.errors import FGLError, RoundError, RunFolderError
 from fgl_app.foundation_models import text_shape
 from fgl_app.phases import (
@@ -56,6 +57,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the configured method; an error ends the run as failed, with its sentence in the log."""
+    use_proxies()
     try:
         run(grid, check_settings(parse_run_config(context.run_config)))
     except FGLError as error:

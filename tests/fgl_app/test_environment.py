@@ -58,6 +58,46 @@ def test_no_proxy_is_asked_for_this_machine_and_all_others_are_as_before(monkeyp
     assert pools[3] == ("ConnectionPool" if "10.0.0.1" in proxies.get("no_proxy", "") else "HTTPProxy")
 
 
+def test_a_proxy_that_cannot_be_used_is_named_once_and_the_command_itself_goes_on_without(monkeypatch, tmp_path):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    code = (
+        "import sys; sys.modules['socksio'] = None\n"  # as where it is not installed
+        "sys.argv = ['fgl', 'run', 'generator=owner/name', 'run-name=none']; import fgl_app.cli; fgl_app.cli.main()"
+    )
+    # A hub that nobody answers for: what counts is that it was asked.
+    environment = child_environment(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HOME=str(tmp_path))
+    environment |= {"ALL_PROXY": "socks5://name:secret@proxy.invalid:1080", "NO_PROXY": "fe80::/10"}
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+
+    said = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "error: `generator` must be a model that the hub or its local cache has" in done.stderr
+    assert said.count("The proxy of ALL_PROXY is not used") == said.count("pip install 'httpx[socks]'") == 1
+    assert "Traceback" not in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+def test_all_hosts_without_a_proxy_stay_all_hosts_for_urllib_and_requests(monkeypatch, tmp_path, name):
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
+    monkeypatch.setenv(name, " * ")
+    code = (
+        "import urllib.request, requests\n"
+        "print(bool(urllib.request.proxy_bypass('hub.example')))\n"
+        "print(requests.utils.get_environ_proxies('https://hub.example'))"
+    )
+
+    assert said_by(code, child_environment(), tmp_path) == ["True", "{}"]
+
+
 def test_our_packages_are_found_before_others_of_their_names(monkeypatch, tmp_path):
     theirs = foreign(tmp_path / "theirs", "strategies", "clients", "fgl_app", "their_own")
     here = foreign(tmp_path / "here", "strategies", "fgl_app")
@@ -136,6 +176,38 @@ def test_relative_paths_keep_their_meaning_in_another_working_directory(monkeypa
 
     assert environment["HF_HOME"] == str(tmp_path / "models")
     assert environment["FGL_CACHE"] == str(Path.home() / "cache")
+
+
+@pytest.mark.parametrize(
+    ("uri", "meant"),
+    [
+        ("file:./mlruns", "mlruns"),
+        ("file:mlruns", "mlruns"),
+        ("file:../my%20runs", "../my runs"),
+        ("./mlruns", "mlruns"),
+    ],
+)
+def test_mlflow_keeps_its_files_where_a_relative_address_led(monkeypatch, tmp_path, uri, meant):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    code = "import mlflow; print(mlflow.MlflowClient().create_experiment('one'))"
+
+    said_by(code, child_environment(), tmp_path / "elsewhere")
+
+    assert list((tmp_path / "here" / meant).resolve().glob("*/meta.yaml"))
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize(
+    "uri", ["file:///data/mlruns", "file:/data/mlruns", "https://host/a", "sqlite:////data/a.db", "databricks"]
+)
+def test_other_addresses_of_mlflow_stay_as_they_are(monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+    assert child_environment()["MLFLOW_TRACKING_URI"] == uri
 
 
 def test_a_home_leaves_room_for_the_names_of_sockets(monkeypatch, tmp_path):
