@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -34,16 +35,23 @@ class Preview:
     """When the run last asked, local time."""
     until: str
     """When it stops waiting."""
+    waits: bool
+    """Whether that is still to come."""
     rounds: int
     """Rounds of the run in which the node would train and send its weights."""
     rows: Sequence[tuple[str, int, str]]
     """Class, images and prompt."""
+    terms: str
+    """Hash of the run's settings; empty in previews of older versions."""
 
     def summary(self) -> str:
         """Describe it in one line, without any prompt; its name comes first."""
         images = sum(count for _, count, _ in self.rows)
+        waits = f"waits until {self.until}"
+        if not self.waits:
+            waits = f"stopped waiting at {self.until}; a yes holds for the next start of the run"
         return (
-            f"{self.name}  run {self.run}, asked {self.asked}, waits until {self.until}: {len(self.rows):,} prompts of "
+            f"{self.name}  run {self.run}, asked {self.asked}, {waits}: {len(self.rows):,} prompts of "
             f"{images:,} images, {self.rounds} rounds of training"
         )
 
@@ -83,12 +91,17 @@ def wait_for_approval(
     """
     rows = [[class_names[item.label], item.count, item.prompt, item.domain] for item in prompts]
     preview = folder / f"{sha256(canonical_json([run_name, terms, rows]))[:16]}.json"
-    asked, until = (_local_time(time.time() + seconds) for seconds in (0.0, timeout_s))
-    content = {"run": run_name, "asked": asked, "until": until, "rounds": num_rounds, "prompts": rows}
+    now, mark = time.time(), _mark_of_run(run_name, terms, folder)
+    asked, until = _local_time(now), _local_time(now + timeout_s)
+    content = {
+        "run": run_name, "terms": terms, "asked": asked, "until": until, "until_s": now + timeout_s,
+        "rounds": num_rounds, "prompts": rows,
+    }  # fmt: skip
     write_json(preview, content, mode=0o600)
     end, say_at = time.monotonic() + timeout_s, time.monotonic()
     while not preview.with_suffix(_APPROVED).exists():
         if preview.with_suffix(_REJECTED).exists():
+            mark.unlink(missing_ok=True)  # what else the owner approved of this run
             raise ApprovalError(f"The owner rejected the prompts in {str(preview)!r}.")
         if time.monotonic() > end:
             raise ApprovalError(
@@ -106,7 +119,7 @@ def wait_for_approval(
             )
             say_at += _SAY_AGAIN_S
         time.sleep(_POLL_S)
-    write_atomically(_mark_of_run(run_name, terms, folder), preview.stem.encode(), mode=0o600)
+    write_atomically(mark, preview.stem.encode(), mode=0o600)
 
 
 def check_approved(run_name: str, terms: str, folder: Path) -> None:
@@ -149,11 +162,15 @@ def read_preview(name: str, folder: Path) -> Preview:
     content = json.loads(path.read_text("utf-8"))
     rows = [(str(row[0]), int(row[1]), str(row[2])) for row in content["prompts"]]
     asked, until = (str(content.get(key, "an unknown time")) for key in ("asked", "until"))  # of older versions
-    return Preview(name, str(content["run"]), asked, until, int(content.get("rounds", 0)), rows)
+    waits = time.time() < float(content.get("until_s", math.inf))
+    num_rounds, terms = int(content.get("rounds", 0)), str(content.get("terms", ""))
+    return Preview(name, str(content["run"]), asked, until, waits, num_rounds, rows, terms)
 
 
 def decide(name: str, folder: Path, *, approve: bool) -> None:
     """Approve or reject a preview; a later decision takes the place of an earlier one, and both stay in the log.
+
+    It decides whether the node takes part in the run, too, even where another preview of the run was approved before.
 
     Raises:
         ApprovalError: If there is none of this name.
@@ -171,6 +188,11 @@ def decide(name: str, folder: Path, *, approve: bool) -> None:
     marks = {True: _APPROVED, False: _REJECTED}
     (folder / f"{name}{marks[not approve]}").unlink(missing_ok=True)
     (folder / f"{name}{marks[approve]}").touch(mode=0o600)
+    mark = _mark_of_run(preview.run, preview.terms, folder)
+    if not approve:
+        mark.unlink(missing_ok=True)
+    elif preview.terms:
+        write_atomically(mark, name.encode(), mode=0o600)
 
 
 def decisions(folder: Path) -> list[str]:

@@ -243,10 +243,11 @@ def approve_command(
             else ""
         )
         if not typer.confirm(f"Send these prompts to the server?{weights}"):
-            typer.echo(f"nothing is sent; it still waits; `fgl approve {name} --reject` refuses it for good")
+            typer.echo(f"nothing is sent or decided; `fgl approve {name} --reject` refuses it for good")
             return
     decide(name, folder, approve=not reject)
-    typer.echo("rejected" if reject else "approved")
+    over = "" if preview.waits else f" for the next start of the run: it stopped waiting at {preview.until}"
+    typer.echo("rejected" if reject else f"approved{over}")
 
 
 store_cli = typer.Typer(no_args_is_help=True, help="Look at stores of synthetic images, and hand them on.")

@@ -84,6 +84,67 @@ def test_a_node_takes_part_only_in_runs_whose_prompts_were_approved(tmp_path):
         check_approved("study", "one round", tmp_path)
 
 
+@pytest.mark.parametrize("run_waits", [False, True])
+def test_rejecting_later_prompts_of_a_run_keeps_the_node_out_of_it(tmp_path, run_waits):
+    with pytest.raises(ApprovalError):
+        wait(tmp_path, timeout_s=0.0)
+    (first,) = pending(tmp_path)
+    decide(first, tmp_path, approve=True)
+    wait(tmp_path)
+    later = [PromptCount(0, "another cat", 3)]
+    with pytest.raises(ApprovalError):
+        wait(tmp_path, later, timeout_s=0.0)
+    (second,) = pending(tmp_path)
+    check_approved("study", "one round", tmp_path)
+
+    decide(second, tmp_path, approve=False)
+    if run_waits:
+        with pytest.raises(ApprovalError, match="rejected"):
+            wait(tmp_path, later)
+
+    with pytest.raises(ApprovalError, match="no prompts for 'study'"):
+        check_approved("study", "one round", tmp_path)
+    decide(second, tmp_path, approve=True)
+    check_approved("study", "one round", tmp_path)
+
+
+def test_the_run_itself_keeps_its_node_out_where_its_owner_decided_by_hand(tmp_path):
+    with pytest.raises(ApprovalError):
+        wait(tmp_path, timeout_s=0.0)
+    (first,) = pending(tmp_path)
+    decide(first, tmp_path, approve=True)
+    wait(tmp_path)
+    later = [PromptCount(0, "another cat", 3)]
+    with pytest.raises(ApprovalError):
+        wait(tmp_path, later, timeout_s=0.0)
+    (second,) = pending(tmp_path)
+    (tmp_path / f"{second}.rejected").touch()  # as an older version did
+
+    with pytest.raises(ApprovalError, match="rejected"):
+        wait(tmp_path, later)
+
+    with pytest.raises(ApprovalError, match="no prompts for 'study'"):
+        check_approved("study", "one round", tmp_path)
+
+
+def test_what_no_run_waits_for_any_more_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("FGL_CACHE", str(tmp_path))
+    with pytest.raises(ApprovalError):
+        wait(approvals_folder(), timeout_s=0.0)
+    (name,) = pending(approvals_folder())
+    preview = read_preview(name, approvals_folder())
+
+    listed = CliRunner().invoke(cli, ["approve"]).stdout
+
+    over = f"stopped waiting at {preview.until}; a yes holds for the next start of the run: 2 prompts"
+    assert over in listed
+    assert "waits until" not in listed
+    path = approvals_folder() / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"until_s": time.time() + 3600}))
+    assert f"waits until {preview.until}: 2 prompts" in CliRunner().invoke(cli, ["approve"]).stdout
+    assert CliRunner().invoke(cli, ["approve", name], input="y\n").stdout.endswith("approved\n")
+
+
 def test_more_rounds_are_other_terms_and_another_device_is_not(run_config):
     def terms(**changes):
         return _terms(parse_run_config(run_config | {key.replace("_", "-"): value for key, value in changes.items()}))
@@ -103,10 +164,12 @@ def test_the_owner_decides_by_a_command(tmp_path, monkeypatch):
     name = run(cli, ["approve"]).stdout.split()[0]
     shown = run(cli, ["approve", name], input="n\n").stdout
     assert "dog\t2\ta dog" in shown
-    assert shown.endswith(f"nothing is sent; it still waits; `fgl approve {name} --reject` refuses it for good\n")
+    assert shown.endswith(f"nothing is sent or decided; `fgl approve {name} --reject` refuses it for good\n")
     assert pending(approvals_folder()) == [name]
 
-    assert run(cli, ["approve", name], input="y\n").stdout.endswith("approved\n")
+    answer = run(cli, ["approve", name], input="y\n").stdout
+    until = read_preview(name, approvals_folder()).until
+    assert answer.endswith(f"approved for the next start of the run: it stopped waiting at {until}\n")
     wait(approvals_folder(), timeout_s=0.0)
     assert run(cli, ["approve"]).stdout == "nothing waits for approval\n"
     with pytest.raises(ApprovalError, match="is none"):
@@ -127,7 +190,7 @@ def test_what_waits_is_said_in_the_log_without_a_prompt_and_listed_with_its_size
     assert "a cat" not in line
     listed = CliRunner().invoke(cli, ["approve"]).stdout
     assert listed.startswith(f"{name}  run study, asked {today}")
-    assert listed.endswith(": 2 prompts of 5 images, 4 rounds of training\n")
+    assert listed.endswith("; a yes holds for the next start of the run: 2 prompts of 5 images, 4 rounds of training\n")
     assert "a cat" not in listed
 
 
