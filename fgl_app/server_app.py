@@ -39,7 +39,7 @@ from fgl_app.phases import (
 from fgl_app.prompts import MergedPrompts, fill, limits_of
 from fgl_app.reporting.results import summarize, with_earlier_starts
 from fgl_app.reporting.run_folder import DrawnSet, RunFolder, forgotten_set
-from fgl_app.reporting.trackers import Tracker, open_trackers
+from fgl_app.reporting.trackers import OpenedTracker, open_trackers
 from fgl_app.settings import Settings
 from fgl_app.store import ContentHash, UnitStore, as_ids
 from fgl_app.synthesis.launch import SynthesisReport
@@ -100,7 +100,7 @@ class Session:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     """Metrics of the finished rounds."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    trackers: list[Tracker] = field(default_factory=list)
+    trackers: list[OpenedTracker] = field(default_factory=list)
     class_names: tuple[str, ...] = ()
     """The run's K classes; empty until the clients have said theirs, if the run unites them."""
     synthesis: SynthesisReport | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,10 +101,9 @@ class MlflowTracker:
         import mlflow
 
         if _is_mlflow_told_where():
-            # MLflow itself would try for minutes.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-            mlflow.MlflowClient().search_experiments(max_results=1)
+            # MLflow itself would try for minutes, which a run is right to do and a check is not.
+            with _unless_set(MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="20"):
+                mlflow.MlflowClient().search_experiments(max_results=1)
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         """Start a run in the experiment of this application, or resume the one of an earlier start."""
@@ -165,6 +165,56 @@ def _is_mlflow_told_where() -> bool:
     return bool(is_set())
 
 
+@contextlib.contextmanager
+def _unless_set(**variables: str) -> Iterator[None]:
+    """Give values to those environment variables that have none, for as long as it is open."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+class OpenedTracker:
+    """A tracker whose failure ends no run: what counts is in the run's own files.
+
+    At its first failure a sentence says so, and no more metrics are sent there, since a library may try for minutes.
+    """
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        """Remember the tracker and its name for the sentence."""
+        self._name = name
+        self._tracker = tracker
+        self._has_failed = False
+
+    def log(self, server_round: int, metrics: Mapping[str, float]) -> None:
+        """Keep the metrics of one round, unless an earlier round failed."""
+        if self._has_failed:
+            return
+        with self._said_once():
+            self._tracker.log(server_round, metrics)
+
+    def close(self) -> None:
+        """Write what is left."""
+        with self._said_once():
+            self._tracker.close()
+
+    @contextlib.contextmanager
+    def _said_once(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each library has exceptions of its own; their texts may hold addresses and keys
+            if not self._has_failed:
+                _LOGGER.warning(
+                    "The tracker %s has failed (%s); the run goes on without it, and its metrics are in its folder.",
+                    self._name,
+                    type(error).__name__,
+                )
+            self._has_failed = True
+
+
 _TRACKERS: Mapping[str, tuple[str, Any]] = {
     "tensorboard": ("tensorboard", TensorBoardTracker),
     "wandb": ("wandb", WandbTracker),
@@ -182,7 +232,7 @@ def _keep_id(folder: Path, tracker: str, run_id: str) -> None:
     write_atomically(folder / f"{tracker}-run.txt", run_id.encode())
 
 
-def open_trackers(settings: Settings, folder: Path | None) -> list[Tracker]:
+def open_trackers(settings: Settings, folder: Path | None) -> list[OpenedTracker]:
     """Open the trackers that the run asks for.
 
     Args:
@@ -192,7 +242,7 @@ def open_trackers(settings: Settings, folder: Path | None) -> list[Tracker]:
     Raises:
         ConfigError: If a package is not installed, or a tracker cannot be reached or used.
     """
-    opened: list[Tracker] = []
+    opened: list[OpenedTracker] = []
     for name in tracker_names(settings.run.trackers):
         package, made = _TRACKERS[name]
         try:
@@ -206,7 +256,7 @@ def open_trackers(settings: Settings, folder: Path | None) -> list[Tracker]:
             if folder is None:
                 made.check()
             else:
-                opened.append(made(settings, folder))
+                opened.append(OpenedTracker(name, made(settings, folder)))
         except ConfigError:
             raise
         except Exception as error:  # each library has exceptions of its own

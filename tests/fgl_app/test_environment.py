@@ -189,16 +189,16 @@ def test_relative_paths_keep_their_meaning_in_another_working_directory(monkeypa
 )
 def test_mlflow_keeps_its_files_where_a_relative_address_led(monkeypatch, tmp_path, uri, meant):
     (tmp_path / "here").mkdir()
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "deep" / "elsewhere").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     code = "import mlflow; print(mlflow.MlflowClient().create_experiment('one'))"
 
-    said_by(code, child_environment(), tmp_path / "elsewhere")
+    said_by(code, child_environment(), tmp_path / "deep" / "elsewhere")
 
     assert list((tmp_path / "here" / meant).resolve().glob("*/meta.yaml"))
-    assert os.listdir(tmp_path / "elsewhere") == []
+    assert os.listdir(tmp_path / "deep" / "elsewhere") == []
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import contextlib
+import logging
 import os
 import re
 import subprocess
@@ -75,6 +77,47 @@ def test_mlflow_without_an_address_keeps_its_files_in_the_runs_folder_and_goes_o
     assert run.info.status == "FINISHED"
     assert run.info.artifact_uri.startswith(folder.as_uri())
     assert len(run.data.params) == len(default_run_config())
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("given", [{}, {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}])
+def test_the_check_of_mlflow_leaves_the_environment_as_it_was(run_config, tmp_path, monkeypatch, is_there, given):
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/a.db" if is_there else "http://127.0.0.1:9")
+    before = dict(os.environ)
+
+    with contextlib.nullcontext() if is_there else pytest.raises(ConfigError, match="`trackers` mlflow"):
+        open_trackers(parse_run_config(run_config | {"trackers": "mlflow"}), None)
+
+    assert {name: value for name, value in os.environ.items() if "REQUEST" in name} == {
+        name: value for name, value in before.items() if "REQUEST" in name
+    }
+
+
+def test_a_tracker_that_fails_in_the_middle_of_a_run_is_named_once_and_the_others_go_on(
+    run_config, tmp_path, monkeypatch, caplog
+):
+    database = tmp_path / "mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    settings = parse_run_config(run_config | {"trackers": "mlflow,tensorboard"})
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+
+    trackers = open_trackers(settings, tmp_path)
+    for number in (1, 2, 3):
+        for tracker in trackers:
+            tracker.log(number, {"accuracy": number / 4})
+        database.write_bytes(b"a disk that fails " * 4096)
+    for tracker in trackers:
+        tracker.close()
+
+    said = [record.getMessage() for record in caplog.records if record.name == "flwr.trackers"]
+    assert len(said) == 1
+    assert re.match(r"The tracker mlflow has failed \(\w+\); the run goes on without it", said[0])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("accuracy")] == [0.25, 0.5, 0.75]
 
 
 def test_mlflow_begins_anew_where_the_run_of_an_earlier_start_is_gone(run_config, tmp_path, monkeypatch):
