@@ -13,7 +13,6 @@ from flwr.serverapp.strategy import Strategy
 from fgl_app import tiny
 from fgl_app.config import is_chosen
 from fgl_app.data.adequacy import check_classes, warnings_of
-from fgl_app.data.division import DIVISION
 from fgl_app.data.sources import client_rows
 from fgl_app.errors import ConfigError
 from fgl_app.files import checkpoint_file
@@ -23,6 +22,7 @@ from fgl_app.phases import initial_arrays
 from fgl_app.prompts import class_prompts, read_blocked_words
 from fgl_app.prompts.rehearsal import check_class_prompts
 from fgl_app.records import check_embeddings_fit
+from fgl_app.reporting.earlier_start import DIVISION
 from fgl_app.reporting.trackers import open_trackers
 from fgl_app.settings import Settings
 from fgl_app.synthesis.families import read_family

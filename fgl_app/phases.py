@@ -15,12 +15,12 @@ from flwr.common.logger import log
 from torch import nn
 
 from fgl_app import tiny
-from fgl_app.data.division import DIVISION
 from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.foundation_models import content_of, identity_of
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
 from fgl_app.prompts import MergedPrompts, spread_budget
 from fgl_app.prompts.expansion import LanguageModelWriter, PromptWriter, expand, write_from_templates
+from fgl_app.reporting.earlier_start import DIVISION
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.rng import torch_generator
 from fgl_app.settings import Settings

@@ -26,7 +26,7 @@ from fgl_app.config import APP_FOLDER, default_run_config, parse_run_config
 from fgl_app.environment import child_environment, temporary_home
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.foundation_models import check_model_source
-from fgl_app.reporting.earlier_start import say_if_finished
+from fgl_app.reporting.earlier_start import run_path, say_if_finished
 from fgl_app.resources import check_client_resources, machine_resources
 from fgl_app.settings import RunConfigValue, RunSettings
 
@@ -70,9 +70,13 @@ def simulate(
     check_client_resources(client_cpus, client_gpus, *machine_resources())
     from clients.defences import read_vocabulary
     from fgl_app.checks import check_settings  # seconds of import, which a misspelt key does not wait for
+    from fgl_app.phases import resolve
+    from fgl_app.reporting.run_folder import refuse_other_start
 
     with _unsaid():
         check_settings(settings)
+    if (run_path(settings) / "config.json").exists():
+        refuse_other_start(settings, resolve(settings))
     if settings.prompts.prompt_level != "class":  # the clients are on this machine
         check_model_source(
             "captioner", settings.prompts.captioner, settings.prompts.captioner_revision, "config.json", tiny.CAPTIONER

@@ -12,10 +12,6 @@ from fgl_app.cards import Card
 from fgl_app.errors import DataError
 from fgl_app.rng import derive_seed
 
-DIVISION = "the run's seed"
-"""What the private images are divided by, kept in ``config.json``: a run that an earlier version divided by the card
-alone must not go on with another division, which would train on its test images."""
-
 
 def divide(card: Card, strata: Sequence[int], seed: int) -> dict[str, list[int]]:
     """Divide the training part of a card's source.

@@ -20,6 +20,10 @@ FREE_KEYS = {
     "min-clients", "connect-timeout-s", "prompt-deadline-s", "round-deadline-s",
 }  # fmt: skip
 
+DIVISION = "the run's seed"
+"""What the private images are divided by, kept in ``config.json``: a run that an earlier version divided by the card
+alone must not go on with another division, which would train on its test images."""
+
 
 def run_path(settings: Settings) -> Path:
     """Return the folder of a run."""
@@ -79,9 +83,11 @@ def say_if_finished(settings: Settings) -> str | None:
         return None
     if done != rounds or not checkpoint_file(path, rounds).exists():
         return None
+    goes_on = settings.own_folders or found[1].get("division") == DIVISION
+    more = ", or a larger num-server-rounds to go on" if goes_on else ""
     return (
         f"run {settings.run.run_name} is finished: accuracy {accuracy:.4f} after {rounds} rounds; results: "
-        f"{path / 'results.json'}. Use another run-name for another run, or a larger num-server-rounds to go on."
+        f"{path / 'results.json'}. Use another run-name for another run{more}."
     )
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fgl_app.config import parse_run_config
-from fgl_app.data.division import DIVISION
 from fgl_app.data.images import ImageSet, resize
 from fgl_app.data.readers import open_part
 from fgl_app.data.sources import client_rows, load_split
 from fgl_app.errors import ConfigError, DataError, RunFolderError
 from fgl_app.files import read_json_lines
 from fgl_app.prompts import PromptCount
-from fgl_app.reporting.earlier_start import require_finished
+from fgl_app.reporting.earlier_start import DIVISION, require_finished
 from fgl_app.reporting.figures import spread
 from fgl_app.reporting.run_folder import forgotten_set, store_folder
 from fgl_app.settings import Settings

@@ -65,6 +65,33 @@ def forgotten_set(folder: Path) -> DrawnSet | None:
     return DrawnSet(kept["settings_digest"], as_ids([bytes.fromhex(kept["sample_ids"])]), tuple(kept["labels"]))
 
 
+def refuse_other_start(settings: Settings, resolved: Mapping[str, Any]) -> None:
+    """Check that these settings, and what they come to on this machine, can go on with the run of an earlier start.
+
+    Raises:
+        RunFolderError: If they cannot.
+    """
+    if (found := earlier_config(settings)) is None:
+        return
+    earlier, was = found
+    path = run_path(settings)
+    if was.get("division") != resolved.get("division"):
+        raise RunFolderError(
+            f"`run-name` {path.name} was begun by a version that held out the same test images for every seed. This "
+            "version divides the images by `seed` and would train on some of them. Use another `run-name`."
+        )
+    for key in IDENTITIES:
+        refuse_other_content(settings, key, was, resolved)
+    if (path / "plan.json").exists():
+        drawn, now = _arithmetic(earlier, was), _arithmetic(settings.flat(), resolved)
+        if drawn != now:
+            raise RunFolderError(
+                f"`run-name` {path.name} must be resumed on the kind of device, and on a GPU with the "
+                f"`synthesis-batch-size`, that its images are drawn with, but that was {drawn} and is {now} now. Use "
+                "what it was or another `run-name`."
+            )
+
+
 class RunFolder:
     """``OUTPUT-DIR/RUN-NAME/``; opening it with the settings of an earlier start resumes that run.
 
@@ -78,7 +105,6 @@ class RunFolder:
         self.synthetic = store_folder(self.path, settings.run.store_dir)
         self._checkpoints = self.path / "checkpoints"
         self._settings = settings
-        self._resolved = dict(resolved)
         config = {
             "run_config": settings.flat(),
             "resolved": dict(resolved),
@@ -92,34 +118,13 @@ class RunFolder:
             for folder in (self.path, self._checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
             keep_locked(self.path, "use another `run-name`", _LOCK_TIMEOUT_S)
-            self._refuse_other_settings()
+            refuse_other_start(settings, resolved)
             write_json(self.path / "config.json", config)
         except OSError as error:
             raise RunFolderError(
                 f"`output-dir` must be a folder that can be read and written, but {str(self.path)!r} cannot "
                 f"({error.strerror}). Use for example ~/fgl-runs."
             ) from None
-
-    def _refuse_other_settings(self) -> None:
-        if (found := earlier_config(self._settings)) is None:
-            return
-        earlier, resolved = found
-        if resolved.get("division") != self._resolved.get("division"):
-            raise RunFolderError(
-                f"`run-name` {self.path.name} was begun by a version that held out the same test images for every "
-                "seed. This version divides the images by `seed` and would train on some of them. Use another "
-                "`run-name`."
-            )
-        for key in IDENTITIES:
-            refuse_other_content(self._settings, key, resolved, self._resolved)
-        if (self.path / "plan.json").exists():
-            was, now = _arithmetic(earlier, resolved), _arithmetic(self._settings.flat(), self._resolved)
-            if was != now:
-                raise RunFolderError(
-                    f"`run-name` {self.path.name} must be resumed on the kind of device, and on a GPU with the "
-                    f"`synthesis-batch-size`, that its images are drawn with, but that was {was} and is {now} now. Use "
-                    "what it was or another `run-name`."
-                )
 
     def save_prompts(self, merged: MergedPrompts, exchange: Mapping[str, Any] | None) -> None:
         """Keep the merged prompts, readable by the owner alone, and what is known of the exchange; None without one."""

@@ -62,6 +62,43 @@ def test_other_settings_are_refused_before_anything_is_checked_or_started(finish
     assert files(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("was", "refused"),
+    [
+        ({"division": "the card"}, "held out the same test images"),
+        ({"generator": "/models/other (0123)"}, "the generator it began with"),
+        ({"captioner": "/models/other (0123)"}, "the captioner it began with"),
+        ({"lora": "/models/other (0123)"}, "the lora it began with"),
+        ({"synthesis_device": "cuda"}, "that was cuda/32 and is cpu/64 now"),
+    ],
+)
+def test_what_a_run_cannot_go_on_with_is_refused_before_anything_is_started(finished, was, refused):
+    chosen, folder = finished
+    written = json.loads((folder / "config.json").read_text())
+    written["resolved"] |= was
+    (folder / "config.json").write_text(json.dumps(written))
+    (folder / "plan.json").touch()
+    before, longer = files(folder), chosen | {"num-server-rounds": 3, "device": "cpu"}
+
+    with pytest.raises(RunFolderError, match=refused):
+        simulate(longer, num_clients=2, client_cpus=1, client_gpus=0.0)
+
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(("division", "goes_on"), [("the run's seed", True), (None, False)])
+def test_a_finished_run_of_another_division_is_not_told_to_go_on(finished, division, goes_on):
+    chosen, folder = finished
+    written = json.loads((folder / "config.json").read_text())
+    written["resolved"]["division"] = division
+    (folder / "config.json").write_text(json.dumps(written))
+
+    said = say_if_finished(parse_run_config(chosen | {"num-clients": 2})) or ""
+
+    assert "is finished" in said
+    assert ("or a larger num-server-rounds to go on" in said) == goes_on
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_run_of_another_number_of_rounds_is_not_finished(finished, rounds):
     chosen, _ = finished
