@@ -15,8 +15,25 @@ from fgl_app.data.decoding import UnreadableError, check_size, to_grey
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+"""Transfer syntax of files that are compressed whole, as zip does: pydicom would inflate any number of bytes."""
+_MOST_SAMPLES = 4
+"""Numbers of one pixel, of any colour space of DICOM."""
 _FAR = 1e9
 """A value far outside any window: what it becomes is the end of the window's range."""
+
+
+def read_elements(path: Path) -> Dataset:
+    """Read what a DICOM file says of its picture, without the picture.
+
+    Raises:
+        UnreadableError: If all of it is compressed, by a method that may hide any number of bytes in few.
+    """
+    import pydicom
+
+    if pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == _DEFLATED:
+        raise UnreadableError(str(path), "DICOM that is deflated as a whole; save it uncompressed")
+    return pydicom.dcmread(path, stop_before_pixels=True)
 
 
 def read_dicom(path: Path) -> Image.Image:
@@ -36,19 +53,24 @@ def read_dicom(path: Path) -> Image.Image:
             str(path), "DICOM (to read it: pip install 'federated-generative-learning[pictures]')"
         ) from None
     with warnings.catch_warnings(action="ignore"):  # of odd values in its elements, file by file
+        elements = read_elements(path)
+        if "Rows" not in elements:  # e.g. a report
+            raise UnreadableError(str(path), "DICOM without a picture")
+        frames, samples = (int(elements.get(name) or 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
+        if frames != 1:
+            raise UnreadableError(str(path), f"DICOM of {frames} frames; save the one that counts by itself")
+        if samples > _MOST_SAMPLES:
+            raise UnreadableError(str(path), f"DICOM of {samples} numbers in each pixel")
+        check_size(int(elements.Columns), int(elements.Rows))
         content = pydicom.dcmread(path)
         if not any(name in content for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
             raise UnreadableError(str(path), "DICOM without a picture")
-        frames = int(content.get("NumberOfFrames") or 1)
-        if frames != 1:
-            raise UnreadableError(str(path), f"DICOM of {frames} frames; save the one that counts by itself")
-        check_size(int(content.Columns), int(content.Rows))
         try:
             values = content.pixel_array
         except RuntimeError:  # pydicom names the plugins that it looked for
             syntax = content.file_meta.TransferSyntaxUID.name
             raise UnreadableError(str(path), f"DICOM compressed as {syntax}; save it uncompressed") from None
-        if int(content.get("SamplesPerPixel", 1)) > 1:
+        if samples > 1:
             return Image.fromarray(to_grey(values)).convert("RGB")
         if content.PhotometricInterpretation == "PALETTE COLOR":
             from pydicom.pixels.processing import apply_color_lut

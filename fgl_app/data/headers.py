@@ -36,9 +36,9 @@ def read_header(path: Path) -> Header | None:
 
 
 def _of_dicom(path: Path) -> Header:
-    import pydicom
+    from fgl_app.data.dicom import read_elements
 
-    content = pydicom.dcmread(path, stop_before_pixels=True)
+    content = read_elements(path)
     window = content.get("WindowCenter") is not None or bool(content.get("VOILUTSequence"))
     shown = "shown through its window" if window else "stretched from the 0.5th to the 99.5th percentile"
     return Header("DICOM", (int(content.Columns), int(content.Rows)), (shown,))

@@ -1,7 +1,9 @@
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
@@ -11,6 +13,7 @@ from PIL import Image
 from fgl_app.cards import load_card
 from fgl_app.data import decoding
 from fgl_app.data.decoding import UnreadableError, open_picture, to_grey
+from fgl_app.data.headers import read_header
 from fgl_app.data.images import to_pixels
 from fgl_app.data.readers import open_part
 
@@ -177,11 +180,50 @@ def test_dicom_in_colour_is_read(tmp_path):
 def test_dicom_that_is_no_single_picture_is_unreadable_with_its_reason(tmp_path):
     write_dicom(tmp_path / "film.dcm", np.zeros((40, 8, 8), np.uint16), NumberOfFrames=40)
     write_dicom(tmp_path / "report.dcm", np.zeros((8, 8), np.uint16), PixelData=None)
+    write_dicom(tmp_path / "text.dcm", np.zeros((8, 8), np.uint16), PixelData=None, Rows=None)
     write_dicom(tmp_path / "short.dcm", np.zeros((8, 8), np.uint16), Rows=9000)
 
     assert reason(tmp_path / "film.dcm") == "DICOM of 40 frames; save the one that counts by itself"
     assert reason(tmp_path / "report.dcm") == "DICOM without a picture"
+    assert reason(tmp_path / "text.dcm") == "DICOM without a picture"
     assert "damaged" in reason(tmp_path / "short.dcm")
+
+
+def test_dicom_of_few_bytes_that_hold_many_is_not_inflated(tmp_path):
+    write_dicom(tmp_path / "bomb.dcm", np.zeros((4096, 8192), np.uint16))
+    content = pydicom.dcmread(tmp_path / "bomb.dcm")
+    content.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    content.save_as(tmp_path / "bomb.dcm")
+    assert (tmp_path / "bomb.dcm").stat().st_size < 200_000  # of 64 MiB
+
+    tracemalloc.start()
+    said, header = reason(tmp_path / "bomb.dcm"), read_header(tmp_path / "bomb.dcm")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert said == "DICOM that is deflated as a whole; save it uncompressed"
+    assert header is None
+    assert peak < 32 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("elements", "sentence"),
+    [
+        ({"NumberOfFrames": 20_000}, "DICOM of 20000 frames; save the one that counts by itself"),
+        ({"SamplesPerPixel": 30_000}, "DICOM of 30000 numbers in each pixel"),
+        ({"Rows": 60_000, "Columns": 60_000}, "more than 89,478,485 pixels; reduce it or cut it into tiles"),
+    ],
+)
+def test_dicom_that_says_it_is_too_large_is_refused_before_its_pixels_are_read(tmp_path, elements, sentence):
+    write_dicom(tmp_path / "slide.dcm", np.zeros((2048, 8192), np.uint16), **elements)
+
+    tracemalloc.start()
+    said = reason(tmp_path / "slide.dcm")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert said == sentence
+    assert peak < 16 * 2**20  # of 32 MiB
 
 
 def test_damaged_files_are_unreadable_with_their_reason(tmp_path):
@@ -211,6 +253,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path):
 MEASURED = """
 import resource, sys
 from fgl_app.data.decoding import open_picture
+from fgl_app.data.headers import read_header
 from fgl_app.data.images import to_pixels
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
