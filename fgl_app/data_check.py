@@ -13,8 +13,8 @@ from fgl_app.cards import load_card, shipped_cards
 from fgl_app.client_prompts import to_upload, write_own_prompts
 from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.data.decoding import Unreadable
-from fgl_app.data.findings import Findings, by_reason, decode_readable, findings_of
-from fgl_app.data.folder import class_folders, open_folder, split_folder
+from fgl_app.data.findings import Decoded, Findings, by_reason, decode_readable, findings_of
+from fgl_app.data.folder import class_folders, open_folder, split_own
 from fgl_app.data.headers import Header, read_header
 from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.data.readers import Part, open_part
@@ -39,13 +39,20 @@ class CheckedPart:
 
     name: str
     part: Part
-    data: ImageSet
-    """The readable images."""
-    rows: tuple[int, ...]
-    """Their rows in the part."""
+    decoded: Decoded
     findings: Findings
     headers: Mapping[int, Header]
     """What the files are, by row; of sources with files only."""
+
+    @property
+    def data(self) -> ImageSet:
+        """The readable images."""
+        return self.decoded.images
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Their rows in the part."""
+        return self.decoded.rows
 
 
 def check_data(
@@ -104,16 +111,17 @@ def check_data(
 def _checked(name: str, part: Part, class_names: Sequence[str], settings: Settings, *, own: bool) -> CheckedPart:
     rows = range(len(part.labels))
     card = settings.card
-    data, unreadable = decode_readable(part, rows, card.transforms, settings.data.image_size, card.fit)
-    failed = {image.name for image in unreadable}
-    kept = tuple(row for row in rows if part.name(row) not in failed)
+    decoded = decode_readable(part, rows, card.transforms, settings.data.image_size, card.fit)
     headers = {
-        row: header for row in kept if (path := Path(part.name(row))).is_file() and (header := read_header(path))
+        row: header
+        for row in decoded.rows
+        if (path := Path(part.name(row))).is_file() and (header := read_header(path))
     }
-    findings = findings_of(data, part, rows, class_names, unreadable)
+    findings = findings_of(decoded, part, rows, class_names)
     if own:
-        findings = dataclasses.replace(findings, num_test=len(split_folder(data)[1].test))
-    return CheckedPart(name, part, data, kept, findings, headers)
+        test = split_own(part, decoded, range(len(class_names)))[1].test
+        findings = dataclasses.replace(findings, num_test=len(test))
+    return CheckedPart(name, part, decoded, findings, headers)
 
 
 def _lines(checked: CheckedPart, class_names: Sequence[str]) -> list[str]:
@@ -210,7 +218,7 @@ def _names(group: Sequence[tuple[CheckedPart, int]], class_names: Sequence[str])
 def _sent(checked: CheckedPart, class_names: Sequence[str], settings: Settings, own: bool) -> list[str]:
     """Say what a client with these images would send before the first round, at each level of prompts."""
     if own:
-        train = split_folder(checked.data)[0]
+        train = split_own(checked.part, checked.decoded, range(len(class_names)))[0]
     else:
         try:
             chosen_rows = set(train_rows(settings.card, settings.data, settings.run.seed))

@@ -23,8 +23,9 @@ ENDINGS = frozenset({
     ".tif", ".tiff", ".webp",
 })  # fmt: skip
 """Lower-case endings of the types that Pillow always reads."""
-_DICOM_ENDINGS = frozenset({".dcm", ".dicom"})
 _HEIF_ENDINGS = frozenset({".heic", ".heif", ".hif"})
+_EXTRA_ENDINGS = frozenset({".avif", ".dcm", ".dicom", *_HEIF_ENDINGS})
+_EXTRA = "(to read them: pip install 'federated-generative-learning[pictures]')"
 _PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 _CLUTTER = frozenset({
     "#recycle", "#snapshot", "$recycle.bin", "@eadir", "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db",
@@ -87,7 +88,8 @@ def find_images(folder: Path) -> FoundImages:
     """Find the images of one class, in its folder and at every depth below it.
 
     Links are followed. Hidden files and what systems leave behind are passed over, and so are files whose type is not
-    known or needs a package that is not installed; a file without a known ending may still be DICOM.
+    known; a file without a known ending may still be DICOM. Which packages are installed changes nothing: server and
+    sites must list the same files, and a picture that needs an absent package is one that cannot be decoded.
     """
     found: list[tuple[str, str, Path]] = []
     ignored: Counter[str] = Counter()
@@ -160,23 +162,25 @@ def _type_reason(path: Path) -> str | None:
             return "that are no regular files"
     except OSError:  # link that leads nowhere is named with the unreadable images if it is called like one
         pass
-    if ending in ENDINGS:
+    if ending in ENDINGS or ending in _EXTRA_ENDINGS or is_dicom(path):
         return None
+    return f"of type {ending}" if ending.isprintable() and 1 < len(ending) <= 12 else "without a known type"
+
+
+def missing_reader(path: Path) -> str | None:
+    """Return what is absent here to read a file's type, as the reason why it cannot be read; None if nothing is."""
+    ending = path.suffix.lower()
     if ending in _HEIF_ENDINGS:
-        return None if _installed("pillow_heif") else _needs_extra(f"of type {ending}")
+        return None if _installed("pillow_heif") else f"of type {ending} {_EXTRA}"
     if ending == ".avif":
         return None if features.check("avif") else "of type .avif, which this Pillow cannot read"
-    if ending in _DICOM_ENDINGS or is_dicom(path):
-        return None if _installed("pydicom") else _needs_extra("of type DICOM")
-    return f"of type {ending}" if ending.isprintable() and 1 < len(ending) <= 12 else "without a known type"
+    if ending in ENDINGS or _installed("pydicom") or not is_dicom(path):
+        return None
+    return f"of type DICOM {_EXTRA}"
 
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def _needs_extra(what: str) -> str:
-    return f"{what} (to read them: pip install 'federated-generative-learning[pictures]')"
 
 
 def _clutter_reason(name: str) -> str:

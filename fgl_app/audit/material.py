@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fgl_app.data.folder import load_folder, split_folder
+from fgl_app.data.folder import load_own, open_folder
 from fgl_app.data.images import ImageSet
 from fgl_app.data.sources import client_rows, load_rows, load_split, train_labels
 from fgl_app.errors import ConfigError, DataError, RunFolderError
@@ -169,7 +169,8 @@ def _own_folders(material: Material, size_px: int) -> RealImages:
         )
     members, others = [], []
     for path in material.data_paths:
-        train, held_out = split_folder(load_folder(path.expanduser(), material.run.class_names, size_px)[0])
+        names = material.run.class_names
+        train, held_out, _ = load_own(open_folder(path.expanduser(), names), names, size_px)
         members.append(train)
         others.append(held_out.test)
     return RealImages(_joined(members), _joined(others))

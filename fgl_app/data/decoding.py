@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_png
 
 from fgl_app.errors import DataError
-from fgl_app.image_folders import ENDINGS, is_dicom
+from fgl_app.image_folders import ENDINGS, is_dicom, missing_reader
 
 MAX_PIXELS = 89_478_485
 """Pillow's bound, 256 MiB of RGB: more is taken for an attack, or for a slide that must be cut into tiles first."""
@@ -45,6 +45,8 @@ class Unreadable:
     name: str
     """Its path, or its row in a source without files."""
     reason: str
+    of_its_type: bool = False
+    """Whether it shares the reason with all images of its type, which this installation cannot read."""
 
     def __str__(self) -> str:
         """Return one printable line."""
@@ -54,10 +56,10 @@ class Unreadable:
 class UnreadableError(DataError):
     """An image cannot be decoded; it is left out, counted and listed, and ends no run."""
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, *, of_its_type: bool = False) -> None:
         """Keep the image's name and the reason, for lists."""
         super().__init__(f"{name!r} cannot be decoded: {reason}.")
-        self.image = Unreadable(name, reason)
+        self.image = Unreadable(name, reason, of_its_type)
 
 
 class NotShownError(ValueError):
@@ -74,6 +76,8 @@ def open_picture(path: str | Path) -> Image.Image:
     try:
         if path.stat().st_size == 0:
             raise UnreadableError(str(path), "empty file")
+        if (reason := missing_reader(path)) is not None:
+            raise UnreadableError(str(path), reason, of_its_type=True)
         if path.suffix.lower() not in ENDINGS and is_dicom(path):
             from fgl_app.data.dicom import read_dicom
 

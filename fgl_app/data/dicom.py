@@ -44,14 +44,10 @@ def read_dicom(path: Path) -> Image.Image:
     inverted. Colours are those that pydicom gives, RGB.
 
     Raises:
-        UnreadableError: If pydicom is absent, or the file does not hold exactly one frame that can be decoded.
+        UnreadableError: If the file does not hold exactly one frame that can be decoded.
     """
-    try:
-        import pydicom
-    except ImportError:
-        raise UnreadableError(
-            str(path), "DICOM (to read it: pip install 'federated-generative-learning[pictures]')"
-        ) from None
+    import pydicom
+
     with warnings.catch_warnings(action="ignore"):  # of odd values in its elements, file by file
         elements = read_elements(path)
         if "Rows" not in elements:  # e.g. a report

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from fgl_app.cards import Fit
-from fgl_app.data.decoding import Unreadable, reason_of
+from fgl_app.data.decoding import Unreadable, UnreadableError, reason_of
 from fgl_app.data.images import ImageSet, to_pixels
 from fgl_app.data.readers import Part
 from fgl_app.errors import DataError
 from fgl_app.files import canonical_json, sha256
 from fgl_app.image_folders import describe
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images of a part, but for those that cannot be decoded."""
+
+    images: ImageSet
+    rows: tuple[int, ...]
+    """Their rows in the part, in the same order."""
+    unreadable: tuple[Unreadable, ...]
+    """What was left out."""
+
 
 FEWEST_OF_A_CLASS = 3
 """From so many images on, a site holds one out: a fifth, rounded."""
@@ -32,8 +44,8 @@ class Findings:
     """Images that cannot be decoded and were left out."""
     ignored: Mapping[str, int] = field(default_factory=dict)
     """Number of files that are no images, by reason."""
-    lost_classes: tuple[str, ...] = ()
-    """Classes of which something was found, but no image that can be used."""
+    lost_classes: Mapping[str, str] = field(default_factory=dict)
+    """Classes of which something was found, but no image that can be used, and what was found."""
     num_test: int | None = None
     """Images that a site holds out for its own test; None where the test images are not the client's."""
 
@@ -54,8 +66,8 @@ class Findings:
     def warnings(self) -> list[str]:
         """Say what the owner of the images should know before the classifier is believed."""
         lines = [
-            f"class {name!r} has files, but no image that can be used; this class is absent here"
-            for name in self.lost_classes
+            f"class {name!r} has files, but no image that can be used ({found}); this class is absent here"
+            for name, found in sorted(self.lost_classes.items())
         ]
         if self.num_test is None:
             return lines
@@ -84,16 +96,19 @@ def by_reason(unreadable: Iterable[Unreadable]) -> dict[str, int]:
 
 
 def listed(unreadable: Sequence[Unreadable]) -> list[str]:
-    """Name unreadable images one by one, up to a number that a log can take."""
-    lines = [f"left out: {image}" for image in unreadable[:_MOST_LISTED]]
-    if len(unreadable) > _MOST_LISTED:
-        lines.append(f"left out: {len(unreadable) - _MOST_LISTED:,} more, which `fgl check-data` lists")
+    """Name unreadable images one by one, up to a number that a log can take; those of an absent reader are counted."""
+    of_types = [image for image in unreadable if image.of_its_type]
+    one_by_one = [image for image in unreadable if not image.of_its_type]
+    lines = [f"left out: {count:,} {reason}" for reason, count in by_reason(of_types).items()]
+    lines += [f"left out: {image}" for image in one_by_one[:_MOST_LISTED]]
+    if len(one_by_one) > _MOST_LISTED:
+        lines.append(f"left out: {len(one_by_one) - _MOST_LISTED:,} more, which `fgl check-data` lists")
     return lines
 
 
 def decode_readable(
     part: Part, rows: Sequence[int], transforms: Sequence[tuple[str, int]], image_size: int, fit: Fit
-) -> tuple[ImageSet, tuple[Unreadable, ...]]:
+) -> Decoded:
     """Decode images, but for those that cannot be decoded.
 
     One damaged file ends no run and keeps no client out of it: it is left out, and reported.
@@ -106,7 +121,7 @@ def decode_readable(
         fit: How a picture that is not square becomes one.
 
     Returns:
-        The readable images, in the order of ``rows``, and the others.
+        The readable images, in the order of ``rows``, and what was left out.
 
     Raises:
         DataError: If there are images, but none is readable.
@@ -117,7 +132,8 @@ def decode_readable(
             images.append(to_pixels(part.image(row), transforms, image_size, fit))
             kept.append(row)
         except Exception as error:  # decoders share no error, see decoding.open_picture
-            unreadable.append(Unreadable(part.name(row), reason_of(error)))
+            of_its_type = isinstance(error, UnreadableError) and error.image.of_its_type
+            unreadable.append(Unreadable(part.name(row), reason_of(error), of_its_type))
     if unreadable and not images:
         raise DataError(
             f"None of these {len(unreadable):,} images can be decoded ({describe(by_reason(unreadable))}), and at "
@@ -126,27 +142,28 @@ def decode_readable(
     domains = None if part.domains is None else torch.tensor([part.domains[row] for row in kept], dtype=torch.int64)
     labels = torch.tensor([part.labels[row] for row in kept], dtype=torch.int64)
     pixels = torch.stack(images) if images else torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
-    return ImageSet(pixels, labels, domains), tuple(unreadable)
+    return Decoded(ImageSet(pixels, labels, domains), tuple(kept), tuple(unreadable))
 
 
-def findings_of(
-    data: ImageSet, part: Part, rows: Sequence[int], class_names: Sequence[str], unreadable: tuple[Unreadable, ...]
-) -> Findings:
+def findings_of(decoded: Decoded, part: Part, rows: Sequence[int], class_names: Sequence[str]) -> Findings:
     """Sum up what decoding gave.
 
     Args:
-        data: The readable images, with the part's labels.
+        decoded: The readable images, with the part's labels, and what was left out.
         part: Where the images lie.
         rows: Which of them were asked for.
         class_names: Names of the part's classes.
-        unreadable: What was left out.
     """
-    readable = Counter(data.labels.tolist())
-    asked = {part.labels[row] for row in rows}
-    lost = {class_names[label] for label in asked - set(readable)} | set(part.empty_classes)
+    readable = Counter(decoded.images.labels.tolist())
+    reasons: dict[int, list[Unreadable]] = defaultdict(list)
+    kept = set(decoded.rows)
+    for row, image in zip((row for row in rows if row not in kept), decoded.unreadable, strict=True):
+        reasons[part.labels[row]].append(image)
+    lost = {class_names[label]: describe(by_reason(reasons[label])) for label in reasons.keys() - set(readable)}
+    lost |= {name: describe(ignored) or "an empty folder" for name, ignored in part.empty_classes.items()}
     return Findings(
         {class_names[label]: count for label, count in sorted(readable.items())},
-        unreadable,
+        decoded.unreadable,
         part.ignored,
-        tuple(sorted(lost)),
+        lost,
     )

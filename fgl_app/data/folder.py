@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fgl_app import image_folders
+from fgl_app.cards import Card
 from fgl_app.data.decoding import open_picture
-from fgl_app.data.findings import Findings, decode_readable, findings_of
+from fgl_app.data.findings import Decoded, Findings, decode_readable, findings_of
 from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.data.readers import Part
 from fgl_app.errors import DataError
@@ -17,8 +19,9 @@ from fgl_app.image_folders import class_of, describe, find_images, loose_files, 
 from fgl_app.rng import numpy_generator
 
 SPLIT_SEED = 0
-"""A node's split depends on its images alone, so that no test image is ever trained on, whatever the run's seed. It
-holds while the folder stays as it is: an image that is added or removed divides its class anew."""
+"""A node's split depends on the list of its images alone, so that no test image is ever trained on, whatever the run's
+seed and whichever files can be read. It holds while the folder stays as it is: an image that is added or removed
+divides its class anew."""
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -69,35 +72,80 @@ def open_folder(folder: Path, class_names: Sequence[str]) -> Part:
     )
 
 
-def load_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tuple[ImageSet, Findings]:
-    """Read all images below ``folder/CLASS NAME/``.
+def load_own(
+    part: Part,
+    class_names: Sequence[str],
+    image_size: int,
+    *,
+    of_card: Card | None = None,
+) -> tuple[ImageSet, HeldOut, Findings]:
+    """Decode a client's own images, and divide them into what it trains on and what it holds out.
 
     Args:
-        folder: Folder whose sub-folders are named like classes; classes may be absent.
-        class_names: The run's K classes; a folder's label is its name's index here.
-        image_size: Images are scaled to this shorter side and cropped to the centre square, px.
+        part: Where they lie.
+        class_names: The run's K classes.
+        image_size: Side of the images, px.
+        of_card: The client's own card, which counts the part's classes and says how pictures are scaled; None for a
+            folder, whose pictures are cropped and whose labels count the run's classes.
 
     Returns:
-        The images, and what else was found.
+        The training images, those held out, and what was found; labels count the run's classes.
 
     Raises:
-        DataError: If the folder cannot be read, has a sub-folder that is no class, or holds no readable image.
+        DataError: If no image, or none to train on, can be decoded.
     """
-    part = open_folder(folder, class_names)
-    rows = range(len(part.labels))
-    images, unreadable = decode_readable(part, rows, (), image_size, "crop")
-    return images, findings_of(images, part, rows, class_names, unreadable)
+    rows, names = range(len(part.labels)), of_card.class_names() if of_card else class_names
+    transforms, fit = (of_card.transforms, of_card.fit) if of_card else ((), "crop")
+    decoded = decode_readable(part, rows, transforms, image_size, fit)
+    train, held_out = split_own(part, decoded, [class_names.index(name) for name in names])
+    findings = findings_of(decoded, part, rows, names)
+    return train, held_out, dataclasses.replace(findings, num_test=len(held_out.test))
 
 
-def split_folder(data: ImageSet) -> tuple[ImageSet, HeldOut]:
-    """Divide a client's images by class: 70 % train, 10 % validation, 20 % test; every class keeps a training image."""
-    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for label in sorted(set(data.labels.tolist())):
-        rows = torch.nonzero(data.labels == label).flatten().tolist()
+def split_own(part: Part, decoded: Decoded, numbers: Sequence[int]) -> tuple[ImageSet, HeldOut]:
+    """Divide a client's images as :func:`split_rows` divides their list, and leave out the unreadable ones.
+
+    A file that cannot be read at one moment, and can at another, moves no other file to another side.
+
+    Args:
+        part: The list of the client's images.
+        decoded: All of them that can be read.
+        numbers: For each class of the part its number in the run, by which images are labelled.
+
+    Raises:
+        DataError: If no training image can be read.
+    """
+    run_labels = torch.tensor(numbers, dtype=torch.int64)[decoded.images.labels]
+    images, place = ImageSet(decoded.images.images, run_labels), {row: at for at, row in enumerate(decoded.rows)}
+    train, validation, test = (
+        images.take([place[row] for row in rows if row in place])
+        for rows in split_rows([numbers[label] for label in part.labels])
+    )
+    if not len(train):
+        raise DataError(
+            f"At least one image that is not held out must be readable, but all {len(decoded.rows):,} readable ones "
+            f"are held out and {len(decoded.unreadable):,} others are not readable. The first: {decoded.unreadable[0]}."
+        )
+    return train, HeldOut(validation, test)
+
+
+def split_rows(labels: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """Divide a list of images by class: 70 % train, 10 % validation, 20 % test; every class has a training image.
+
+    Args:
+        labels: Class of each image that is listed, readable or not, as the run counts.
+
+    Returns:
+        Sorted rows of the training, the validation and the test images.
+    """
+    train: list[int] = []
+    validation: list[int] = []
+    test: list[int] = []
+    for label in sorted(set(labels)):
+        rows = [row for row, each in enumerate(labels) if each == label]
         order = [rows[index] for index in numpy_generator(SPLIT_SEED, "folder-split", label).permutation(len(rows))]
         num_test, num_validation = round(0.2 * len(rows)), round(0.1 * len(rows))
-        parts["test"] += order[:num_test]
-        parts["validation"] += order[num_test : num_test + num_validation]
-        parts["train"] += order[num_test + num_validation :]
-    train, validation, test = (data.take(sorted(parts[name])) for name in ("train", "validation", "test"))
-    return train, HeldOut(validation, test)
+        test += order[:num_test]
+        validation += order[num_test : num_test + num_validation]
+        train += order[num_test + num_validation :]
+    return sorted(train), sorted(validation), sorted(test)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ from logging import WARNING
 from pathlib import Path
 
 import numpy as np
-import torch
 from flwr.common.logger import log
 
 from fgl_app.cards import Card, load_card
 from fgl_app.data.decoding import Unreadable
 from fgl_app.data.division import divide, private_state, stratified
-from fgl_app.data.findings import Findings, decode_readable, findings_of, listed
-from fgl_app.data.folder import class_folders, load_folder, split_folder
+from fgl_app.data.findings import Decoded, Findings, decode_readable, findings_of, listed
+from fgl_app.data.folder import class_folders, load_own, open_folder
 from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.data.partition import partition_indices
 from fgl_app.data.readers import Part, open_part
@@ -72,7 +70,7 @@ def load_client_data(
     if settings.dataset == "folder":
         named = class_names or card.class_names()
         if "card" in node_config:
-            images, findings, names = _load_own_card(node_config, named, settings)
+            train, held_out, findings, names = _load_own_card(node_config, named, settings)
         else:
             path = node_config.get("data-path")
             if not isinstance(path, str):
@@ -81,9 +79,7 @@ def load_client_data(
                 )
             folder = Path(path).expanduser()
             names = tuple(named or class_folders(folder))
-            images, findings = load_folder(folder, names, settings.image_size)
-        train, held_out = split_folder(images)
-        findings = dataclasses.replace(findings, num_test=len(held_out.test))
+            train, held_out, findings = load_own(open_folder(folder, names), names, settings.image_size)
         return ClientData(train, lambda: held_out, partition_id, names, findings)
     num_partitions = node_config.get("num-partitions")
     if not isinstance(num_partitions, int) or not 0 <= partition_id < num_partitions:
@@ -98,11 +94,12 @@ def load_client_data(
 
 def _load_own_card(
     node_config: Mapping[str, RunConfigValue], class_names: Sequence[str], settings: DataSettings
-) -> tuple[ImageSet, Findings, tuple[str, ...]]:
+) -> tuple[ImageSet, HeldOut, Findings, tuple[str, ...]]:
     """Load the training part of a node's own card, whose classes are found in the run's by their names.
 
     Returns:
-        The readable images, what was found, and the run's classes, or the card's where the run has none yet.
+        The training images, those held out, what was found, and the run's classes, or the card's where the run has
+        none yet.
     """
     card = load_card(str(node_config["card"]))
     names = tuple(class_names or card.class_names())
@@ -113,11 +110,7 @@ def _load_own_card(
             "Rename it in the card or add it to `class-names`."
         )
     part = _open(card, "train", str(node_config.get("data-path", "")))
-    rows = range(len(part.labels))
-    images, unreadable = decode_readable(part, rows, card.transforms, settings.image_size, card.fit)
-    numbers = torch.tensor([names.index(name) for name in card.class_names()])
-    findings = findings_of(images, part, rows, card.class_names(), unreadable)
-    return ImageSet(images.images, numbers[images.labels]), findings, names
+    return *load_own(part, names, settings.image_size, of_card=card), names
 
 
 @functools.lru_cache(maxsize=8)  # decoding takes longer than an epoch of a small model
@@ -125,8 +118,8 @@ def _partition(
     card: Card, settings: DataSettings, num_partitions: int, partition_id: int, seed: int
 ) -> tuple[ImageSet, Findings]:
     rows = client_rows(card, settings, num_partitions, seed)[partition_id]
-    images, unreadable = _decode(card, settings, "train", rows)
-    return images, findings_of(images, train_part(card, settings), rows, card.class_names(), unreadable)
+    decoded = _decode(card, settings, "train", rows)
+    return decoded.images, findings_of(decoded, train_part(card, settings), rows, card.class_names())
 
 
 @functools.lru_cache(maxsize=4)  # one process answers many messages with the same division
@@ -179,13 +172,13 @@ def load_split(card: Card, settings: DataSettings, name: str, seed: int) -> Imag
 def _load(card: Card, settings: DataSettings, name: str, seed: int) -> tuple[ImageSet, tuple[Unreadable, ...]]:
     if name in card.splits and name != "train":
         part = _open(card, name, settings.data_dir)
-        images, unreadable = _decode(card, settings, name, range(len(part.labels)))
+        decoded = _decode(card, settings, name, range(len(part.labels)))
     else:
         rows = train_rows(card, settings, seed) if name == "train" else _division(card, settings, seed)[name]
-        images, unreadable = _decode(card, settings, "train", rows)
-    for line in listed(unreadable):
+        decoded = _decode(card, settings, "train", rows)
+    for line in listed(decoded.unreadable):
         log(WARNING, "%s part of %s: %s", name, card.name, line)
-    return images, unreadable
+    return decoded.images, decoded.unreadable
 
 
 def load_rows(card: Card, settings: DataSettings, rows: Sequence[int]) -> ImageSet:
@@ -193,7 +186,7 @@ def load_rows(card: Card, settings: DataSettings, rows: Sequence[int]) -> ImageS
 
     Those that cannot be decoded are left out, as the clients leave them out.
     """
-    return _decode(card, settings, "train", rows)[0]
+    return _decode(card, settings, "train", rows).images
 
 
 def train_labels(card: Card, settings: DataSettings) -> Sequence[int]:
@@ -243,8 +236,6 @@ def train_rows(card: Card, settings: DataSettings, seed: int) -> list[int]:
     return sorted(kept)
 
 
-def _decode(
-    card: Card, settings: DataSettings, name: str, rows: Sequence[int]
-) -> tuple[ImageSet, tuple[Unreadable, ...]]:
+def _decode(card: Card, settings: DataSettings, name: str, rows: Sequence[int]) -> Decoded:
     part = _open(card, name, settings.data_dir)
     return decode_readable(part, rows, card.transforms, settings.image_size, card.fit)

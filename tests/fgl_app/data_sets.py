@@ -6,6 +6,9 @@ import datasets
 import yaml
 from PIL import Image
 
+from fgl_app.data.findings import decode_readable, findings_of
+from fgl_app.data.folder import open_folder
+
 IMAGENET_IDS = {  # of the FGL paper, from its authors' code
     "imagefruit": [953, 954, 949, 950, 951, 957, 952, 945, 943, 948],
     "imageyellow": [309, 986, 954, 951, 987, 779, 599, 291, 72, 11],
@@ -54,6 +57,14 @@ def write_tree(folder, names, count, ending, colour=picture):
         (folder / name).mkdir(parents=True)
         for index in range(count):
             colour(number).save(folder / name / f"{index}.{ending}")
+
+
+def load_folder(folder, names, size):
+    """Return all readable images of a folder, and what was found."""
+    part = open_folder(folder, names)
+    rows = range(len(part.labels))
+    decoded = decode_readable(part, rows, (), size, "crop")
+    return decoded.images, findings_of(decoded, part, rows, names)
 
 
 def write_hub_card(folder, classes, **changes):

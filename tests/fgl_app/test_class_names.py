@@ -2,13 +2,12 @@ import logging
 import re
 
 import pytest
-from data_sets import write_tree
+from data_sets import load_folder, write_tree
 from flwr.app import Context, Message, RecordDict
 
 from fgl_app.checks import check_settings
 from fgl_app.client_app import app
 from fgl_app.config import default_run_config, parse_run_config
-from fgl_app.data.folder import load_folder
 from fgl_app.errors import ConfigError, DataError
 from fgl_app.prompts.rehearsal import check_class_prompts, check_site
 from fgl_app.prompts.screening import MAX_NAME_CHARS, PromptLimits, name_fault, screen_prompts

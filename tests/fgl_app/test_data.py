@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from data_sets import load_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
@@ -14,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from fgl_app.cards import load_card
 from fgl_app.config import parse_run_config
 from fgl_app.data.division import divide
-from fgl_app.data.folder import class_folders, load_folder, split_folder
+from fgl_app.data.folder import class_folders, load_own, open_folder, split_rows
 from fgl_app.data.images import to_pixels
 from fgl_app.data.partition import partition_indices
 from fgl_app.data.readers import open_part
@@ -281,7 +282,7 @@ def test_an_unreadable_image_of_a_nodes_own_card_is_left_out_and_counted(tmp_pat
     data = client_data(settings, node)
 
     assert data.num_unreadable == 1
-    assert torch.bincount(data.train.labels, minlength=2).tolist() == [6, 14]  # of 9 and 20: 10 % and 20 % held out
+    assert torch.bincount(data.train.labels, minlength=2).tolist() == [6, 14]  # of 10 and 20: 10 % and 20 % held out
     for image in (tmp_path / "files").rglob("*.png"):
         image.write_bytes(b"no image")
     with pytest.raises(DataError, match="None of these 30 images can be decoded"):
@@ -313,15 +314,56 @@ def test_hidden_folders_are_passed_over(tmp_path):
 
 def test_a_folder_split_never_changes(tmp_path):
     write_images(tmp_path, {"cat": 10})
-    data, _ = load_folder(tmp_path, ["cat", "dog"], 8)
+    part = open_folder(tmp_path, ["cat", "dog"])
+    images, _ = load_folder(tmp_path, ["cat", "dog"], 8)
 
-    assert torch.equal(split_folder(data)[1].test.images, split_folder(data)[1].test.images)
+    _, held_out, _ = load_own(part, ["cat", "dog"], 8)
+
+    # What 1.0 held out, by its permutation.
+    assert split_rows([0] * 10) == ([0, 1, 4, 5, 6, 8, 9], [7], [2, 3])
+    assert torch.equal(held_out.test.images, images.images[[2, 3]])
+    assert torch.equal(held_out.validation.images, images.images[[7]])
+
+
+def identities(images):
+    return {image.numpy().tobytes() for image in images.images}
+
+
+@pytest.mark.parametrize("broken", [0, 3, 8])
+@pytest.mark.parametrize("by_card", [True, False])
+def test_a_file_that_cannot_be_read_for_a_while_moves_no_test_image_to_the_training_images(
+    tmp_path, run_config, broken, by_card
+):
+    node = node_with_a_card(tmp_path)
+    below = tmp_path / "files" / "all"
+    if not by_card:
+        node = {"data-path": str(below)}
+    settings = parse_run_config(
+        run_config | {"dataset": "folder", "class-names": "cat, dog" if by_card else "Felis, Canis"}
+    )
+    path = below / "Felis" / f"{broken}.png"
+    content = path.read_bytes()
+
+    path.write_bytes(content[:40])
+    torn = client_data(settings, node)
+    path.write_bytes(content)
+    mended = client_data(settings, node)
+
+    assert torn.num_unreadable == 1
+    assert torn.findings.num_test == len(torn.held_out().test)
+    for before, after in ((torn, mended), (mended, torn)):
+        assert not identities(before.held_out().test) & identities(after.train)
+        assert not identities(before.held_out().validation) & identities(after.train)
+    parts = [(torn.train, mended.train)]
+    parts += [(getattr(torn.held_out(), name), getattr(mended.held_out(), name)) for name in ("validation", "test")]
+    assert sorted(len(whole) - len(part) for part, whole in parts) == [0, 0, 1]
+    assert all(identities(part) <= identities(whole) for part, whole in parts)
 
 
 def test_a_single_image_is_trained_on(tmp_path):
     write_images(tmp_path, {"cat": 1})
 
-    assert len(split_folder(load_folder(tmp_path, ["cat", "dog"], 8)[0])[0]) == 1
+    assert len(load_own(open_folder(tmp_path, ["cat", "dog"]), ["cat", "dog"], 8)[0]) == 1
 
 
 def test_an_unreadable_image_is_left_out_and_reported_among_good_ones(tmp_path):

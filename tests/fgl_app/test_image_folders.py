@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from data_sets import write_tree
+from data_sets import load_folder, write_tree
 from flwr.app import Context, RecordDict
 from odd_folder import IGNORED, IMAGES, UNREADABLE, write_odd_folder
 from PIL import Image
@@ -14,8 +14,9 @@ from fgl_app.cards import load_card
 from fgl_app.client_app import _say_what_was_found
 from fgl_app.config import parse_run_config
 from fgl_app.data.adequacy import check_classes
-from fgl_app.data.findings import by_reason
-from fgl_app.data.folder import load_folder
+from fgl_app.data.findings import by_reason, listed
+from fgl_app.data.folder import open_folder
+from fgl_app.data.readers import open_part
 from fgl_app.data.sources import load_client_data, load_held_out, load_split, train_part
 from fgl_app.errors import DataError
 from fgl_app.image_folders import class_folders, find_images
@@ -123,12 +124,34 @@ def test_pictures_that_need_a_package_are_counted_by_type_and_it_is_named(odd, r
     site = load_client_data(own.card, own.data, {"data-path": str(odd)}, 0)
 
     needs = "(to read them: pip install 'federated-generative-learning[pictures]')"
-    assert site.findings.ignored == IGNORED | {f"of type .heic {needs}": 10, f"of type DICOM {needs}": 1}
-    assert site.findings.lost_classes == ("phones",)
-    assert "class 'phones' has files, but no image that can be used" in site.findings.warnings()[0]
-    shared = parse_run_config(run_config | {"dataset": str(odd)})
-    with pytest.raises(DataError, match=r"'phones' has a folder without any: 10 of type \.heic \(to read them: pip"):
-        check_classes(shared.card, shared.data, 0)
+    assert site.findings.ignored == IGNORED
+    lacking = {f"of type .heic {needs}": 10, f"of type DICOM {needs}": 1}
+    assert by_reason(site.findings.unreadable) == UNREADABLE | lacking
+    assert site.findings.lost_classes == {"phones": f"10 of type .heic {needs}"}
+    assert (
+        f"class 'phones' has files, but no image that can be used (10 of type .heic {needs})"
+        in (site.findings.warnings()[0])
+    )
+    lines = listed(site.findings.unreadable)  # each type once, damaged files by name
+    assert {line for line in lines if "pip install" in line} == {f"left out: {n} {why}" for why, n in lacking.items()}
+    assert len(lines) == 2 + sum(UNREADABLE.values())
+
+
+def test_which_files_are_listed_does_not_depend_on_installed_packages(odd, run_config, monkeypatch):
+    (odd / "x\u00b2" / "new.avif").write_bytes(b"of a kind that old versions of Pillow cannot read")
+    (odd / "x\u00b2" / "scan.dcm").write_bytes(bytes(200))
+    shared = parse_run_config(run_config | {"dataset": str(odd), "min-samples-per-client": 0})
+    before = [open_part(shared.card, "train", ""), open_folder(odd, shared.card.class_names())]
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    monkeypatch.setattr("PIL.features.check", lambda name: False)
+    after = [open_part(shared.card, "train", ""), open_folder(odd, shared.card.class_names())]
+
+    for have, lack in zip(before, after, strict=True):
+        assert (have.labels, have.ignored) == (lack.labels, lack.ignored)
+        assert list(map(have.name, range(len(have.labels)))) == list(map(lack.name, range(len(lack.labels))))
+        assert len(have.labels) == sum(IMAGES.values()) + sum(UNREADABLE.values()) + 2
 
 
 def test_images_are_found_at_every_depth_in_the_order_of_their_names(tmp_path):
@@ -161,7 +184,7 @@ def test_few_images_have_a_sentence_each(tmp_path):
     _, findings = load_folder(tmp_path, ["cat", "dog", "fox"], 8)
 
     assert findings.num_images == {"cat": 60, "dog": 2}
-    assert findings.lost_classes == ("fox",)
+    assert findings.lost_classes == {"fox": "3 not an image of a known format"}
 
 
 def test_a_site_is_told_what_it_cannot_measure(tmp_path, run_config):
