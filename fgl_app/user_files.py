@@ -31,6 +31,8 @@ _FORMS = {
         list("-+.0123456789"),
     ),
 }
+_MOST_VALUES = 100_000
+"""Values of one file, with each repetition of what an alias repeats: nine lines could stand for a thousand million."""
 NUMBERS_HINT = "Numbers are written as 10, 0.5 or 1e-2, and truth as true or false"
 
 
@@ -130,8 +132,14 @@ class _Reader:
         self._what = what
         self.lines: dict[Place, int] = {}
         self.spelled: dict[Place, str] = {}
+        self._num_values = 0
 
     def value(self, node: yaml.Node, place: Place) -> Any:
+        self._num_values += 1
+        if self._num_values > _MOST_VALUES:
+            raise self._error(
+                node, f"it must hold at most {_MOST_VALUES:,} values, but aliases and lists make more. Shorten it"
+            )
         self.lines.setdefault(place, _line(node))
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
             return self._mapping(node, place)

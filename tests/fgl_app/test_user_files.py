@@ -67,6 +67,22 @@ def test_what_cannot_be_meant_is_refused_with_its_line(read, tmp_path, text, nam
     assert str(tmp_path / "own.yaml") in str(raised.value)
 
 
+def test_a_few_lines_whose_aliases_stand_for_millions_of_values_are_refused(read):
+    lines = ["a0: &a0 [x]"]
+    for level in range(1, 10):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]")
+
+    with pytest.raises(ConfigError, match="must hold at most 100,000 values"):
+        read("\n".join(lines))
+
+
+def test_what_an_alias_repeats_is_read_at_each_place(read):
+    document = read("a: &names [x, y]\nb: *names\nc: {d: *names}\n")
+
+    assert document.content == {"a": ["x", "y"], "b": ["x", "y"], "c": {"d": ["x", "y"]}}
+    assert document.spelled["c", "d", 1] == "y"
+
+
 def test_a_value_is_known_by_file_line_and_name(read, tmp_path):
     document = read("# a card\ntitle: x\nclasses:\n  - cat\n  - name: dog\n    id: 1e1\n")
 
