@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from logging import WARNING
 
 import torch
@@ -81,6 +81,7 @@ def fit_limits(
     *,
     known_classes: Sequence[str] = (),
     domains: Sequence[str] = (),
+    embeddings: Collection[str] | None = None,
 ) -> list[PromptCount]:
     """Leave out what the server would refuse, and say so in the log, where the owner can read it.
 
@@ -90,6 +91,7 @@ def fit_limits(
         limits: What the server accepts of one client, as far as clients know it.
         known_classes: The run's classes; empty where the clients' are united.
         domains: The run's domains.
+        embeddings: Names of the embeddings that the prompts then are; None for prompts of text.
 
     Returns:
         The prompts that the server accepts. Of too many, those that stand for most images, from every class one at
@@ -106,7 +108,7 @@ def fit_limits(
         )
     by_row = {(class_names[item.label], item.prompt, item.domain): item for item in _most_frequent_first(prompts)}
     rows = [[name, item.count, text, domain] for (name, text, domain), item in by_row.items()]
-    kept, refused = screen_prompts(rows, limits, class_names=known_classes, domains=domains)
+    kept, refused = screen_prompts(rows, limits, class_names=known_classes, domains=domains, embeddings=embeddings)
     for reason, count in sorted(refused.items()):
         log(
             WARNING, "%s of %s prompts are not sent, because the server would refuse them: %s", count, len(rows), reason

@@ -80,16 +80,16 @@ def write_own_prompts(
         known_classes=settings.card.class_names(),
         domains=settings.card.domains,
     )
-    if not written:
-        raise PromptError(
-            "No prompt is left to send: the noise on counts, or what the server refuses, left none. The lines above "
-            "say what was refused; otherwise use a larger epsilon."
-        )
+    _require_some(written)
     return WrittenPrompts(written, defend, encoder)
 
 
 def to_upload(written: WrittenPrompts, settings: Settings, data: ClientData) -> Upload:
-    """Turn a client's prompts into what is uploaded: at the level of embeddings, these in their place."""
+    """Turn a client's prompts into what is uploaded: at the level of embeddings, these in their place.
+
+    Raises:
+        PromptError: If the server would refuse all of it.
+    """
     upload = Upload(written.prompts, data.class_names)
     if written.encoder is not None:
         upload = _embedded(written.prompts, settings, data, written.encoder)
@@ -99,19 +99,27 @@ def to_upload(written: WrittenPrompts, settings: Settings, data: ClientData) -> 
     return upload
 
 
+def _require_some(prompts: Sequence[PromptCount]) -> None:
+    if not prompts:
+        raise PromptError(
+            "No prompt is left to send: the noise on counts, or what the server refuses, left none. The lines above "
+            "say what was refused; otherwise use a larger epsilon."
+        )
+
+
 def _tells_what_was_changed(settings: Settings) -> bool:
     """Whether the server is told how many captions the defences changed, which depends on what each caption says."""
     return settings.privacy.prompt_counts == "exact" and not settings.prompts.embedding_epsilon
 
 
 def _limits_known(settings: Settings, num_prompts: int) -> PromptLimits:
-    """Return what the server accepts of one client, as far as the client may act on it.
+    """Return what the server accepts of the prompts that one client writes, as far as the client knows it.
 
-    A file of blocked words lies at the server. And where noise hides what the prompt of an image says, none may be left
-    out for what it says: how many were sent would tell.
+    A file of blocked words lies at the server. Where embeddings are sent, the server sees no text, and its limits are
+    those of the embeddings; with noise, how many were sent would even tell what was left out for what it says.
     """
     limits = limits_of(settings.policy, of_server=False)
-    if not settings.prompts.embedding_epsilon:
+    if settings.prompts.prompt_level != "embedding":
         return limits
     return dataclasses.replace(limits, max_prompts=num_prompts, blocked_words=())
 
@@ -185,4 +193,14 @@ def _embedded(written: Sequence[PromptCount], settings: Settings, data: ClientDa
         delta=prompts.embedding_delta,
         seed=settings.run.seed,
     )
-    return Upload(prompts_of, data.class_names, embeddings)
+    prompts_of = fit_limits(
+        prompts_of,
+        data.class_names,
+        limits_of(settings.policy, of_server=False),
+        known_classes=settings.card.class_names(),
+        domains=settings.card.domains,
+        embeddings=embeddings,
+    )
+    _require_some(prompts_of)
+    sent = {item.prompt for item in prompts_of}
+    return Upload(prompts_of, data.class_names, {name: embeddings[name] for name in embeddings if name in sent})

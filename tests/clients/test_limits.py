@@ -57,6 +57,31 @@ def test_names_of_embeddings_are_not_measured_by_the_characters_of_prompts(make_
     assert exchange.num_used == 3
 
 
+@pytest.mark.parametrize("summary", ["mean", "clusters"])
+def test_embeddings_summarise_captions_that_could_not_be_sent_as_texts(make_grid, summary):
+    exchange = exchange_with(
+        make_grid, parse_run_config, prompt_level="embedding", embedding_summary=summary, embedding_clusters=1,
+        max_prompts_per_client=10, blocked_words="zero",
+    )  # fmt: skip
+
+    assert exchange.report()["refused"] == []
+    assert sum(item.count for item in exchange.merged().prompts) == 838
+
+
+def test_of_too_many_embeddings_the_most_frequent_go_out_and_no_class_is_lost(make_grid, caplog):
+    with caplog.at_level(logging.WARNING, "flwr"):
+        exchange = exchange_with(
+            make_grid, parse_run_config, prompt_level="embedding", embedding_summary="clusters", embedding_clusters=2,
+            max_prompts_per_client=11,
+        )  # fmt: skip
+
+    assert exchange.report()["refused"] == []
+    assert {item.label for item in exchange.merged().prompts} == set(range(10))
+    assert 10 < len(exchange.merged().prompts) <= 33
+    cut = [record.getMessage() for record in caplog.records if "more prompts than one" in record.getMessage()]
+    assert len(cut) == 3
+
+
 @given(st.text(), st.integers(4, 60))
 def test_whatever_a_caption_holds_the_server_accepts_it_at_the_same_limit(caption, max_chars):
     prompts = instance_prompts([0], [caption], ["cat"], "{class}, {caption}", max_chars=max_chars)
@@ -145,12 +170,10 @@ def test_nothing_is_left_out_for_what_it_says_where_noise_hides_what_a_prompt_sa
     }  # fmt: skip
     prompts = [PromptCount(0, text, 1) for text in ("zero, a", "zero, b", "zero, secret")]
 
-    hidden, open_ = (
-        _limits_known(parse_run_config(run_config | noised | {"embedding-epsilon": epsilon}), len(prompts))
-        for epsilon in (8.0, 0.0)
-    )
-
-    assert fit_limits(prompts, NAMES, hidden, known_classes=NAMES) == prompts
+    for epsilon in (8.0, 0.0):  # without noise, too: the server sees no text
+        limits = _limits_known(parse_run_config(run_config | noised | {"embedding-epsilon": epsilon}), len(prompts))
+        assert fit_limits(prompts, NAMES, limits, known_classes=NAMES) == prompts
+    open_ = _limits_known(parse_run_config(run_config | {"blocked-words": "secret"}), len(prompts))
     assert len(fit_limits(prompts, NAMES, open_, known_classes=NAMES)) == 2
 
 
