@@ -28,8 +28,8 @@ _EXTRA_ENDINGS = frozenset({".avif", ".dcm", ".dicom", *_HEIF_ENDINGS})
 _EXTRA = "(to read them: pip install 'federated-generative-learning[pictures]')"
 _PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 _CLUTTER = frozenset({
-    "#recycle", "#snapshot", "$recycle.bin", "@eadir", "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db",
-    "lost+found", "system volume information", "thumbs.db",
+    "#recycle", "#snapshot", "$recycle.bin", ".ds_store", ".git", ".ipynb_checkpoints", ".snapshot", ".zfs", "@eadir",
+    "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db", "lost+found", "system volume information", "thumbs.db",
 })  # fmt: skip
 """Lower-case names of what operating systems and NAS devices leave in folders: thumbnails, deleted files, settings."""
 
@@ -41,7 +41,7 @@ class FoundImages:
     files: tuple[Path, ...]
     """In an order that the names alone decide: folder by folder, in each by name."""
     ignored: Mapping[str, int]
-    """Number of files that are passed over, for each reason."""
+    """Number of files that are passed over, for each reason; a folder that is never data counts as one."""
 
 
 def is_clutter(name: str) -> bool:
@@ -106,7 +106,7 @@ def loose_files(folder: Path) -> dict[str, int]:
     ignored: Counter[str] = Counter()
     for entry in os.scandir(folder):
         if is_clutter(entry.name):
-            ignored[_clutter_reason(entry.name)] += _num_files(entry)
+            ignored[_clutter_reason(entry)] += 1
         elif not entry.is_dir():
             ignored[_type_reason(Path(entry.path)) or "outside the class folders"] += 1
     return dict(ignored)
@@ -146,8 +146,7 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Pa
     for entry in entries:
         path = folder / entry.name
         if is_clutter(entry.name):
-            reason = _clutter_reason(entry.name)
-            yield from ((path, reason) for _ in range(_num_files(entry)))
+            yield path, _clutter_reason(entry)
         elif entry.is_dir():
             yield from _walk(path, (*above, identity))
         else:
@@ -183,19 +182,14 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _clutter_reason(name: str) -> str:
-    if name.startswith("._"):
+def _clutter_reason(entry: os.DirEntry[str]) -> str:
+    """Say what is passed over; nothing looks into such a folder, which may hold a file server's copies of years."""
+    is_known = entry.name.lower() in _CLUTTER
+    if entry.is_dir(follow_symlinks=False):
+        return f"folder {entry.name}" if is_known else "hidden folder"
+    if entry.name.startswith("._"):
         return "._*"
-    if name.lower() in _CLUTTER or name in (".DS_Store", ".ipynb_checkpoints"):
-        return f"in {name}" if "." not in name[1:] and name != ".DS_Store" else name
-    return "hidden"
-
-
-def _num_files(entry: os.DirEntry[str]) -> int:
-    """Count the files of something that is passed over; links in it are not followed."""
-    if not entry.is_dir(follow_symlinks=False):
-        return 1
-    return sum(len(names) for _, _, names in os.walk(entry.path))
+    return entry.name if is_known else "hidden"
 
 
 def _holds_folders_only(folder: Path) -> bool:

@@ -43,7 +43,7 @@ class Findings:
     unreadable: tuple[Unreadable, ...] = ()
     """Images that cannot be decoded and were left out."""
     ignored: Mapping[str, int] = field(default_factory=dict)
-    """Number of files that are no images, by reason."""
+    """Number of files or folders that are no images, by reason."""
     lost_classes: Mapping[str, str] = field(default_factory=dict)
     """Classes of which something was found, but no image that can be used, and what was found."""
     num_test: int | None = None
@@ -60,7 +60,7 @@ class Findings:
         if self.unreadable:
             lines.append(f"{len(self.unreadable):,} images are left out: {describe(by_reason(self.unreadable))}")
         if self.ignored:
-            lines.append(f"{sum(self.ignored.values()):,} files are no images: {describe(self.ignored)}")
+            lines.append(f"{sum(self.ignored.values()):,} files or folders are no images: {describe(self.ignored)}")
         return lines
 
     def warnings(self) -> list[str]:

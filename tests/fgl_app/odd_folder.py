@@ -11,9 +11,9 @@ UNREADABLE = {
     "truncated": 1, "empty file": 1, "link that leads nowhere": 1, "not an image of a known format": 1,
 }  # fmt: skip
 IGNORED = {
-    "._*": 2, ".DS_Store": 2, "hidden": 1, "in .ipynb_checkpoints": 1, "in @eaDir": 2, "in __MACOSX": 2,
-    "Thumbs.db": 1, "of type .txt": 2, "of type .cr2": 1, "link to a folder above it": 1,
-    "outside the class folders": 1,
+    "._*": 2, ".DS_Store": 2, "hidden": 1, "hidden folder": 1, "folder .ipynb_checkpoints": 1, "folder @eaDir": 1,
+    "folder __MACOSX": 1, "folder #snapshot": 2, "folder .git": 1, "Thumbs.db": 1, "of type .txt": 2,
+    "of type .cr2": 1, "link to a folder above it": 1, "outside the class folders": 1,
 }  # fmt: skip
 
 
@@ -63,6 +63,7 @@ def write_odd_folder(root):
     for folder, name in (("cat", "._plain.png"), ("x\u00b2", "._0.png"), ("cat", ".DS_Store"), (".", ".DS_Store")):
         (root / folder / name).write_bytes(b"\0\5\x16\7")
     (cat / "Thumbs.db").write_bytes(bytes(9))
+    (cat / ".nomedia").touch()
     (cat / ".hidden").mkdir()
     noise(4).save(cat / ".hidden" / "secret.png")
     (cat / ".ipynb_checkpoints").mkdir()
@@ -73,6 +74,12 @@ def write_odd_folder(root):
     (root / "__MACOSX" / "cat").mkdir(parents=True)
     for name in ("._plain.png", "._deep.png"):
         (root / "__MACOSX" / "cat" / name).write_bytes(b"\0\5\x16\7")
+    for place in (root, root / "phones"):  # a file server's copies of each day
+        for day in range(3):
+            (place / "#snapshot" / f"day{day}" / "cat").mkdir(parents=True)
+            noise(0).save(place / "#snapshot" / f"day{day}" / "cat" / "plain.png")
+    (root / ".git" / "objects").mkdir(parents=True)
+    (root / ".git" / "objects" / "pack").write_bytes(bytes(9))
     (root / "README.txt").write_text("four classes")
     noise(5).save(root / "loose.png")
     return root

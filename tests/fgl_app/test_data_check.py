@@ -53,7 +53,7 @@ def test_the_table_the_reasons_and_the_contact_sheet_are_for_people(tmp_path):
         "  2 laid on white",
         "  3 scaled from more than 8 bits",
         "  1 shown through its window",
-        "  2 in @eaDir",
+        "  1 folder @eaDir",
         f"  '{tmp_path}/site/cat/cut.png': truncated",
         "duplicates: none",
     ):

@@ -19,7 +19,7 @@ from fgl_app.data.folder import open_folder
 from fgl_app.data.readers import open_part
 from fgl_app.data.sources import load_client_data, load_held_out, load_split, train_part
 from fgl_app.errors import DataError
-from fgl_app.image_folders import class_folders, find_images
+from fgl_app.image_folders import class_folders, find_images, loose_files
 
 
 @pytest.fixture
@@ -224,3 +224,20 @@ def test_order_and_pixels_of_a_flat_folder_are_those_of_torchvision(tmp_path):
     expected = torch.stack([torch.tensor(list(listing[row][0].tobytes()), dtype=torch.uint8) for row in range(24)])
     assert torch.equal(images.images, expected.reshape(24, 8, 8, 3).permute(0, 3, 1, 2))
     assert images.labels.tolist() == listing.targets
+
+
+@pytest.mark.parametrize("name", ["#snapshot", ".snapshot", ".zfs", "@eaDir", ".git", "#recycle", ".private"])
+def test_nothing_looks_into_a_folder_that_is_never_data(tmp_path, monkeypatch, name):
+    write_tree(tmp_path / "pets", ["cat"], 2, "png")
+    for place in (tmp_path / "pets", tmp_path / "pets" / "cat"):
+        write_tree(place / name / "monday", ["cat"], 3, "png")
+    opened = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: opened.append(str(path)) or scandir(path))
+
+    found, beside = find_images(tmp_path / "pets" / "cat"), loose_files(tmp_path / "pets")
+
+    assert len(found.files) == 2
+    expected = {"hidden folder" if name == ".private" else f"folder {name}": 1}
+    assert found.ignored == beside == expected
+    assert opened == [str(tmp_path / "pets" / "cat"), str(tmp_path / "pets")]
