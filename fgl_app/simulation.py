@@ -70,11 +70,13 @@ def simulate(
     check_client_resources(client_cpus, client_gpus, *machine_resources())
     from clients.defences import read_vocabulary
     from fgl_app.checks import check_settings  # seconds of import, which a misspelt key does not wait for
+    from fgl_app.data.sources import forget
     from fgl_app.phases import resolve
     from fgl_app.reporting.run_folder import refuse_other_start
 
     with _unsaid():
         check_settings(settings)
+    forget()  # server and clients are other processes, and this one only waits for them, for hours
     if (run_path(settings) / "config.json").exists():
         refuse_other_start(settings, resolve(settings))
     if settings.prompts.prompt_level != "class":  # the clients are on this machine

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from fgl_app.cards import Card
-from fgl_app.data.findings import small_test
+from fgl_app.data.findings import by_reason, small_test, until_one_is_readable
 from fgl_app.data.sources import client_rows, load_held_out, train_labels, train_part, train_rows
 from fgl_app.errors import DataError
 from fgl_app.image_folders import describe
@@ -14,15 +14,23 @@ from fgl_app.settings import DataSettings
 
 
 def check_classes(card: Card, settings: DataSettings, seed: int) -> None:
-    """Check that every class of a partitioned data set has images to train on.
+    """Check that every class of a partitioned data set has images to train on, of which one at least can be decoded.
 
     Raises:
         DataError: If one has none, with what lies in its place.
     """
-    part, rows = train_part(card, settings), train_rows(card, settings, seed)
-    held = {part.labels[row] for row in rows}
+    part = train_part(card, settings)
+    rows_of: dict[int, list[int]] = defaultdict(list)
+    for row in train_rows(card, settings, seed):
+        rows_of[part.labels[row]].append(row)
     for label, name in enumerate(card.class_names()):
-        if label in held:
+        if rows := rows_of[label]:
+            unreadable = until_one_is_readable(part, rows, card.transforms, settings.image_size, card.fit)
+            if len(unreadable) == len(rows):
+                raise DataError(
+                    f"Every class of {card.name} needs images to train on, but none of the {len(rows):,} of {name!r} "
+                    f"can be decoded: {describe(by_reason(unreadable))}. Make them readable, or leave the class out."
+                )
             continue
         files = part.empty_classes.get(name)
         found = "no image at all"

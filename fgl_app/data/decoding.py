@@ -5,6 +5,7 @@
 | 8 bits per channel | what it is |
 | whole numbers of more bits, grey or colour | scaled by the bits that it uses: by 255 / (2^b - 1), where b is the smallest number of bits from 8 on that holds its largest value. So 12 bits in a 16-bit file are neither white nor black, and 8 bits in one stay as they are. Each picture is scaled alone: one that is darker by half or more than others of its source is brightened |
 | fractions (float TIFF), or whole numbers below 0 | the range from the 0.5th to the 99.5th percentile of its finite numbers, stretched from black to white; what is not finite is black |
+| the tag MinIsWhite of TIFF | inverted, once its numbers are scaled |
 | an EXIF orientation | upright |
 | transparency, also of a palette or one colour | laid on white, as browsers show it |
 | CMYK, YCbCr, LAB, HSV, palettes, 1 bit | converted by Pillow, without colour profiles |
@@ -35,6 +36,8 @@ MAX_PIXELS = 89_478_485
 """Pillow's bound, 256 MiB of RGB: more is taken for an attack, or for a slide that must be cut into tiles first."""
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded, whatever a file's ending says: Pillow would start Ghostscript for PostScript called ``.png``."""
+_PHOTOMETRIC = 262
+"""TIFF's tag that says what its numbers mean; 0 is MinIsWhite."""
 _PERCENTILES = (0.5, 99.5)
 
 
@@ -92,6 +95,8 @@ def open_picture(path: str | Path) -> Image.Image:
     # Pillow's decoders share no error: OSError, ValueError, SyntaxError, struct.error, RuntimeError (AVIF),
     # NotImplementedError, ... and one damaged file must not keep a site out of a federation.
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise UnreadableError(str(path), reason_of(error, path)) from None
 
 
@@ -100,6 +105,14 @@ def open_file(path: Path) -> Image.Image:
     _register_heif()
     Image.init()
     return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an error is the machine's and not the image's: the same image can be read with more memory."""
+    # PyTorch has no class for what its allocator of the CPU's memory raises.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def reason_of(error: Exception, path: Path | None = None) -> str:
@@ -121,8 +134,6 @@ def reason_of(error: Exception, path: Path | None = None) -> str:
             return _too_large()
         case OSError() if "truncated" in str(error) or "end of file" in str(error):
             return "truncated"
-        case MemoryError():
-            return "not enough memory"
     return f"damaged ({type(error).__name__})"
 
 
@@ -135,12 +146,14 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """
     check_size(picture.width, picture.height)
     deep = has_deep_channels(picture)
+    inverted = is_inverted(picture)
     picture.load()
     if deep:
         picture = _of_deep_colour(picture)
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
-        return Image.fromarray(to_grey(np.asarray(picture))).convert("RGB")
+        grey = to_grey(np.asarray(picture))
+        return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -185,6 +198,12 @@ def has_deep_channels(picture: Image.Image) -> bool:
     """Return whether a file has colour, or grey with transparency, of 16 bits, which Pillow cuts to the upper eight."""
     tiles = getattr(picture, "tile", None) or [(None,) * 4]
     return picture.mode not in ("I", "F") and not picture.mode.startswith("I;") and ";16" in str(tiles[0][3])
+
+
+def is_inverted(picture: Image.Image) -> bool:
+    """Return whether 0 is white in a TIFF of more than 8 bits or of fractions; in one of 8, Pillow sees to that."""
+    tags = getattr(picture, "tag_v2", {})
+    return (picture.mode.startswith("I") or picture.mode == "F") and tags.get(_PHOTOMETRIC) == 0
 
 
 def _of_deep_colour(picture: Image.Image) -> Image.Image:

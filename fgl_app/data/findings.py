@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fgl_app.cards import Fit
-from fgl_app.data.decoding import Unreadable, UnreadableError, reason_of
+from fgl_app.data.decoding import Unreadable, UnreadableError, out_of_memory, reason_of
 from fgl_app.data.images import ImageSet, to_pixels
 from fgl_app.data.readers import Part
 from fgl_app.errors import DataError
@@ -128,12 +128,12 @@ def decode_readable(
     """
     images, kept, unreadable = [], [], []
     for row in rows:
-        try:
-            images.append(to_pixels(part.image(row), transforms, image_size, fit))
+        pixels = _try(part, row, transforms, image_size, fit)
+        if isinstance(pixels, Unreadable):
+            unreadable.append(pixels)
+        else:
+            images.append(pixels)
             kept.append(row)
-        except Exception as error:  # decoders share no error, see decoding.open_picture
-            of_its_type = isinstance(error, UnreadableError) and error.image.of_its_type
-            unreadable.append(Unreadable(part.name(row), reason_of(error), of_its_type))
     if unreadable and not images:
         raise DataError(
             f"None of these {len(unreadable):,} images can be decoded ({describe(by_reason(unreadable))}), and at "
@@ -141,8 +141,32 @@ def decode_readable(
         )
     domains = None if part.domains is None else torch.tensor([part.domains[row] for row in kept], dtype=torch.int64)
     labels = torch.tensor([part.labels[row] for row in kept], dtype=torch.int64)
-    pixels = torch.stack(images) if images else torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
-    return Decoded(ImageSet(pixels, labels, domains), tuple(kept), tuple(unreadable))
+    stacked = torch.stack(images) if images else torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
+    return Decoded(ImageSet(stacked, labels, domains), tuple(kept), tuple(unreadable))
+
+
+def until_one_is_readable(
+    part: Part, rows: Sequence[int], transforms: Sequence[tuple[str, int]], image_size: int, fit: Fit
+) -> list[Unreadable]:
+    """Decode images as :func:`decode_readable` does until one is readable, and return those before it."""
+    unreadable: list[Unreadable] = []
+    for row in rows:
+        if not isinstance(tried := _try(part, row, transforms, image_size, fit), Unreadable):
+            break
+        unreadable.append(tried)
+    return unreadable
+
+
+def _try(
+    part: Part, row: int, transforms: Sequence[tuple[str, int]], image_size: int, fit: Fit
+) -> torch.Tensor | Unreadable:
+    try:
+        return to_pixels(part.image(row), transforms, image_size, fit)
+    except Exception as error:  # decoders share no error, see decoding.open_picture
+        if out_of_memory(error):
+            raise
+        of_its_type = isinstance(error, UnreadableError) and error.image.of_its_type
+        return Unreadable(part.name(row), reason_of(error), of_its_type)
 
 
 def findings_of(decoded: Decoded, part: Part, rows: Sequence[int], class_names: Sequence[str]) -> Findings:

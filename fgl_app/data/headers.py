@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from fgl_app.data.decoding import has_deep_channels, open_file
+from fgl_app.data.decoding import has_deep_channels, is_inverted, open_file
 from fgl_app.image_folders import ENDINGS, is_dicom
 
 
@@ -50,6 +50,8 @@ def _changes(picture: Image.Image) -> list[str]:
         changes.append("scaled from more than 8 bits")
     if picture.mode == "F":
         changes.append("stretched from the 0.5th to the 99.5th percentile")
+    if is_inverted(picture):
+        changes.append("inverted, because 0 is white in them")
     if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         changes.append("turned upright")
     if picture.has_transparency_data:

@@ -155,6 +155,12 @@ def load_held_out(card: Card, settings: DataSettings, seed: int) -> HeldOut:
     return HeldOut(validation, test, len(lost) + len(lost_of_test))
 
 
+def forget() -> None:
+    """Free the memory of all data that this process has opened; what is asked for again is opened again."""
+    for kept in (load_held_out, _partition, client_rows, _division, _open):
+        kept.cache_clear()
+
+
 def load_split(card: Card, settings: DataSettings, name: str, seed: int) -> ImageSet:
     """Load ``public``, ``train``, ``validation`` or ``test`` of a data set at the run's image size.
 

@@ -13,9 +13,11 @@ from PIL import Image
 from fgl_app.cards import load_card
 from fgl_app.data import decoding
 from fgl_app.data.decoding import UnreadableError, open_picture, to_grey
+from fgl_app.data.findings import decode_readable
 from fgl_app.data.headers import read_header
 from fgl_app.data.images import to_pixels
-from fgl_app.data.readers import open_part
+from fgl_app.data.readers import Part, open_part
+from fgl_app.errors import DataError
 
 
 def decoded(path):
@@ -253,6 +255,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path):
 MEASURED = """
 import resource, sys
 from fgl_app.data.decoding import open_picture
+from fgl_app.data.findings import decode_readable
 from fgl_app.data.headers import read_header
 from fgl_app.data.images import to_pixels
 
@@ -311,3 +314,48 @@ def test_ordinary_pictures_are_decoded_to_the_same_bytes_as_ever(tmp_path):
 def test_any_numbers_become_eight_bits():
     for values in (np.zeros((3, 3), np.uint16), np.array([[0, 2**31 - 1]], np.int32), np.array([[0.25]], np.float32)):
         assert to_grey(values).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "values",
+    [ramp(65535), ramp(4095), np.linspace(-2, 9, 256, dtype=np.float32).reshape(16, 16)],
+)
+def test_a_tiff_whose_zero_is_white_is_no_negative(tmp_path, values):
+    for meaning in (0, 1):
+        Image.fromarray(values).save(tmp_path / f"{meaning}.tif", tiffinfo={262: meaning})
+        with Image.open(tmp_path / f"{meaning}.tif") as stored:
+            assert stored.tag_v2[262] == meaning
+            assert np.array_equal(np.asarray(stored), values)
+
+    inverted, plain = (decoded(tmp_path / f"{meaning}.tif") for meaning in (0, 1))
+
+    assert (inverted[0, 0].tolist(), inverted[-1, -1].tolist()) == ([255] * 3, [0] * 3)
+    assert np.array_equal(inverted, 255 - plain)
+    header = read_header(tmp_path / "0.tif")
+    assert "inverted, because 0 is white in them" in header.changes
+    assert "inverted, because 0 is white in them" not in read_header(tmp_path / "1.tif").changes
+
+
+def too_large_for_numpy():
+    return np.zeros(2**60, np.uint8)
+
+
+def too_large_for_torch():
+    return torch.zeros(2**60, dtype=torch.uint8)
+
+
+def out_of_gpu_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("allocate", [too_large_for_numpy, too_large_for_torch, out_of_gpu_memory])
+def test_want_of_memory_is_no_fault_of_an_image(allocate, tmp_path, monkeypatch):
+    with pytest.raises((MemoryError, RuntimeError)) as raised:
+        decode_readable(Part((0,), None, lambda row: allocate()), [0], (), 8, "crop")
+    assert not isinstance(raised.value, DataError)
+    Image.new("L", (8, 8)).save(tmp_path / "good.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: allocate())
+
+    with pytest.raises((MemoryError, RuntimeError)) as raised:
+        open_picture(tmp_path / "good.png")
+    assert not isinstance(raised.value, DataError)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fgl_app.cli import _resumable, cli
 from fgl_app.config import parse_run_config
+from fgl_app.data import sources
 from fgl_app.errors import ConfigError, RunFolderError
 from fgl_app.phases import resolve
 from fgl_app.reporting.earlier_start import say_if_finished
@@ -159,3 +160,19 @@ def test_a_mistake_in_an_experiment_is_answered_before_its_folder_is_made(tmp_pa
 
     assert isinstance(outcome.exception, ConfigError)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_process_that_waits_for_a_run_keeps_no_images_meanwhile(run_config, monkeypatch):
+    kept = []
+
+    def start(*_):  # the SuperLink, which would run for minutes
+        kept.extend(cache.cache_info().currsize for cache in (sources.load_held_out, sources.client_rows))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fgl_app.simulation._superlink", start)
+    chosen = {key: value for key, value in run_config.items() if key != "num-clients"}
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(chosen, num_clients=2, client_cpus=1, client_gpus=0.0)
+
+    assert kept == [0, 0]

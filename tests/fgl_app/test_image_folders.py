@@ -2,6 +2,7 @@ import os
 import socket
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fgl_app.data.adequacy import check_classes
 from fgl_app.data.findings import by_reason, listed
 from fgl_app.data.folder import open_folder
 from fgl_app.data.readers import open_part
-from fgl_app.data.sources import load_client_data, load_held_out, load_split, train_part
+from fgl_app.data.sources import load_client_data, load_held_out, load_split, train_part, train_rows
 from fgl_app.errors import DataError
 from fgl_app.image_folders import class_folders, find_images, loose_files
 
@@ -135,6 +136,28 @@ def test_pictures_that_need_a_package_are_counted_by_type_and_it_is_named(odd, r
     lines = listed(site.findings.unreadable)  # each type once, damaged files by name
     assert {line for line in lines if "pip install" in line} == {f"left out: {n} {why}" for why, n in lacking.items()}
     assert len(lines) == 2 + sum(UNREADABLE.values())
+    shared = parse_run_config(run_config | {"dataset": str(odd)})
+    with pytest.raises(DataError, match=r"'phones' can be decoded: 7 of type \.heic \(to read them: pip install"):
+        check_classes(shared.card, shared.data, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "20 empty file"), (b"no image", "20 not an image of a known format")]
+)
+def test_a_class_of_a_simulation_whose_images_are_all_unreadable_is_refused_with_the_reasons(
+    tmp_path, run_config, content, reason
+):
+    write_tree(tmp_path, ["cat", "dog"], 28, "png")
+    settings = parse_run_config(run_config | {"dataset": str(tmp_path), "min-samples-per-client": 0})
+    part = train_part(settings.card, settings.data)
+    dogs = [row for row in train_rows(settings.card, settings.data, 0) if part.labels[row] == 1]
+    for row in dogs[:-1]:
+        Path(part.name(row)).write_bytes(content)
+    check_classes(settings.card, settings.data, 0)  # one is left
+    Path(part.name(dogs[-1])).write_bytes(content)
+
+    with pytest.raises(DataError, match=f"none of the 20 of 'dog' can be decoded: {reason}"):
+        check_classes(settings.card, settings.data, 0)
 
 
 def test_which_files_are_listed_does_not_depend_on_installed_packages(odd, run_config, monkeypatch):
