@@ -20,6 +20,7 @@ from fgl_app.experiments import EXPERIMENT_FILE, Results, Run, settings_of
 from fgl_app.files import write_atomically
 from fgl_app.phases import resolve
 from fgl_app.reporting.comparison_tables import write_tables
+from fgl_app.reporting.earlier_start import is_other_listing
 from fgl_app.reporting.folder_lock import held
 from fgl_app.reporting.run_folder import IDENTITIES
 from fgl_app.resources import check_client_resources, machine_resources
@@ -177,6 +178,11 @@ def _results(folder: Path, run: Run) -> dict[str, Any] | None:
         raise ConfigError(
             f"{str(place)!r} was run by a version that held out the same test images for every seed; this version "
             "divides the images by `seed`, and one table must not mix the two. Use another --output-dir."
+        )
+    if is_other_listing(resolved, now):
+        raise ConfigError(
+            f"{str(place)!r} was run on other image files than there are now, which are divided otherwise, and one "
+            "table must not mix the two. Put the files back, or use another --output-dir."
         )
     changed += [key for key in IDENTITIES if resolved.get(key) != now.get(key)]
     earlier |= resolved

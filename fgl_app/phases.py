@@ -16,6 +16,7 @@ from torch import nn
 
 from fgl_app import tiny
 from fgl_app.data.images import HeldOut, ImageSet
+from fgl_app.data.sources import train_part
 from fgl_app.foundation_models import content_of, identity_of
 from fgl_app.models import build_model, from_arrays, load_checkpoint, to_arrays
 from fgl_app.prompts import MergedPrompts, spread_budget
@@ -96,8 +97,15 @@ def resolve(settings: Settings) -> dict[str, str]:
         "generator": _with_content(synthesis.generator, tiny.DIFFUSION),
         "captioner": _with_content(captioner, tiny.CAPTIONER),
         **{key: _with_content(value) for key, value in weights.items() if content_of(value)},
-        **({} if settings.own_folders else {"division": DIVISION}),
+        **({} if settings.own_folders else {"division": DIVISION, **_listing(settings)}),
     }
+
+
+def _listing(settings: Settings) -> dict[str, str]:
+    if settings.card.kind != "folder":  # other sources are pinned, or lie with their own library
+        return {}
+    listing = train_part(settings.card, settings.data).listing()
+    return {"listing": listing} if listing else {}
 
 
 def _with_content(source: str, shipped: str | None = None) -> str:

@@ -17,7 +17,7 @@ from fgl_app.errors import ConfigError, DataError, RunFolderError
 from fgl_app.files import checkpoint_file
 from fgl_app.models import build_model, load_checkpoint
 from fgl_app.privacy.membership import balanced
-from fgl_app.reporting.finished_run import FinishedRun, read_run
+from fgl_app.reporting.finished_run import FinishedRun, check_listing, read_run
 from fgl_app.rng import numpy_generator
 from fgl_app.settings import Settings
 
@@ -85,6 +85,7 @@ def open_material(path: Path, data_dir: Path | None, data_paths: Sequence[Path])
     Raises:
         RunFolderError: If it holds no finished run.
         ConfigError: If this version does not understand the run's settings.
+        DataError: If the card's data are not here, or are other files than the run was made with.
     """
     run = read_run(path)
     if run.settings is None:
@@ -103,6 +104,7 @@ def open_material(path: Path, data_dir: Path | None, data_paths: Sequence[Path])
     if data_dir is not None:
         moved = dataclasses.replace(settings.data, data_dir=str(data_dir.expanduser().absolute()))
         settings = dataclasses.replace(settings, data=moved)
+    check_listing(run.config["resolved"], settings)
     return Material(run, settings, tuple(data_paths))
 
 

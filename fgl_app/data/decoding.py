@@ -17,9 +17,12 @@ A picture of more than :data:`MAX_PIXELS` pixels is not decoded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +79,7 @@ def open_picture(path: str | Path) -> Image.Image:
         UnreadableError: If it is no readable image.
     """
     path = Path(path)
-    try:
+    with _explained(path):
         if path.stat().st_size == 0:
             raise UnreadableError(str(path), "empty file")
         if (reason := missing_reader(path)) is not None:
@@ -85,11 +88,33 @@ def open_picture(path: str | Path) -> Image.Image:
             from fgl_app.data.dicom import read_dicom
 
             return read_dicom(path)
-        with (
-            warnings.catch_warnings(action="ignore"),
-            open_file(path) as file,
-        ):  # warnings of odd metadata, file by file
+        with open_file(path) as file:
             return to_rgb(file)
+
+
+def open_bytes(content: bytes, name: str) -> Image.Image:
+    """Decode the content of an image file, which a table holds, as :func:`open_picture` decodes a file.
+
+    Args:
+        content: All bytes of the file.
+        name: Of the image, for errors.
+
+    Raises:
+        UnreadableError: If it is no readable image.
+    """
+    with _explained(name):
+        if not content:
+            raise UnreadableError(name, "empty file")
+        with open_file(io.BytesIO(content)) as file:
+            return to_rgb(file, content)
+
+
+@contextlib.contextmanager
+def _explained(source: Path | str) -> Iterator[None]:
+    """Turn what a decoder raises into an UnreadableError, and keep its warnings of odd metadata to itself."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except UnreadableError:
         raise
     # Pillow's decoders share no error: OSError, ValueError, SyntaxError, struct.error, RuntimeError (AVIF),
@@ -97,14 +122,14 @@ def open_picture(path: str | Path) -> Image.Image:
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise UnreadableError(str(path), reason_of(error, path)) from None
+        raise UnreadableError(str(source), reason_of(error, source if isinstance(source, Path) else None)) from None
 
 
-def open_file(path: Path) -> Image.Image:
+def open_file(file: Path | io.BytesIO) -> Image.Image:
     """Open a file with Pillow, which reads its first bytes only; formats that are no pictures are not known."""
     _register_heif()
     Image.init()
-    return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+    return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -137,8 +162,12 @@ def reason_of(error: Exception, path: Path | None = None) -> str:
     return f"damaged ({type(error).__name__})"
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image, content: bytes | None = None) -> Image.Image:
     """Return a picture of any mode as 8-bit RGB, upright; the rules are those of this module.
+
+    Args:
+        picture: As Pillow opened it.
+        content: The file's bytes; None for a picture that has a file of its own.
 
     Raises:
         NotShownError: If it has no numbers that can be scaled.
@@ -149,7 +178,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     inverted = is_inverted(picture)
     picture.load()
     if deep:
-        picture = _of_deep_colour(picture)
+        picture = _of_deep_colour(picture, content)
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         grey = to_grey(np.asarray(picture))
@@ -206,15 +235,15 @@ def is_inverted(picture: Image.Image) -> bool:
     return (picture.mode.startswith("I") or picture.mode == "F") and tags.get(_PHOTOMETRIC) == 0
 
 
-def _of_deep_colour(picture: Image.Image) -> Image.Image:
+def _of_deep_colour(picture: Image.Image, content: bytes | None) -> Image.Image:
     """Scale a loaded picture of 16 bits per channel by the bits that its colours use, and keep its other properties."""
     name = getattr(picture, "filename", "")
-    if picture.format != "PNG" or not name:
+    if picture.format != "PNG" or not (name or content):
         if np.asarray(picture.convert("RGB")).max() < 128:
             raise NotShownError("colour of 16 bits whose upper bit is never used; save it with 8 bits per channel")
         return picture
-    content = torch.frombuffer(bytearray(Path(name).read_bytes()), dtype=torch.uint8)
-    channels = decode_png(content, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    stored = torch.frombuffer(bytearray(content or Path(name).read_bytes()), dtype=torch.uint8)
+    channels = decode_png(stored, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     has_alpha = channels.shape[2] in (2, 4)
     colours = to_grey(channels[:, :, :-1] if has_alpha else channels)
     if colours.shape[2] == 1:

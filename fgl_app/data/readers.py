@@ -7,6 +7,7 @@ on request, so that a client decodes only the images that it holds.
 from __future__ import annotations
 
 import gzip
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fgl_app.cards import Card
-from fgl_app.data.decoding import open_picture
+from fgl_app.data.decoding import UnreadableError, open_bytes, open_picture
 from fgl_app.errors import DataError
 from fgl_app.files import cache_folder, canonical_json, sha256, write_atomically
 from fgl_app.image_folders import describe, find_images, loose_files, total
@@ -38,6 +39,20 @@ class Part:
     """Number of files that are no images, by reason; of folders only."""
     empty_classes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Classes that have a folder, but no image in it: what is passed over in it, by reason."""
+    root: Path | None = None
+    """Folder below which its files lie; None for a source that is no folder of files."""
+
+    def listing(self) -> str | None:
+        """Return a hash of its files' names below ``root`` and of their labels; None for a source without such files.
+
+        Another list of files is divided otherwise, by whatever divides it.
+        """
+        if self.root is None:
+            return None
+        start, listed = len(str(self.root)), hashlib.sha256()
+        for row, label in enumerate(self.labels):
+            listed.update(f"{label}\0{self.name(row)[start:]}\0".encode("utf-8", "surrogateescape"))
+        return listed.hexdigest()[:16]
 
 
 def open_part(card: Card, name: str, data_dir: str) -> Part:
@@ -154,7 +169,18 @@ def _open_huggingface(card: Card, split: Any, folder: Path | None) -> Part:
                 f"{', '.join(sorted(map(str, set(names))))}. Correct `domains` in the card."
             )
     labels = _column(table, columns["label"], named=isinstance(card.classes[0].source_id, str))
-    return _choose(card, labels, domains, lambda row: table[row][columns["image"]])
+    image = columns["image"]
+    if isinstance(table.features[image], datasets.Image):  # as stored: our decoder is that of folders, too
+        table = table.cast_column(image, datasets.Image(decode=False))
+    return _choose(card, labels, domains, lambda row: _stored(table[row][image], row))
+
+
+def _stored(value: Any, row: int) -> Image.Image:
+    """Decode an image as a table stores it: the bytes of its file, or its path."""
+    if not isinstance(value, Mapping):
+        raise UnreadableError(f"row {row}", "no image")
+    content: bytes | None = value["bytes"]
+    return open_picture(value["path"]) if content is None else open_bytes(content, f"row {row}")
 
 
 def _column(table: Any, column: str, *, named: bool) -> list[int | str]:
@@ -194,6 +220,7 @@ def _open_folder(card: Card, split: Any, folder: Path | None) -> Part:
         lambda index: str(rows[index][0]),
         ignored,
         {card.classes[label].name: of_classes[label] for label in of_classes.keys() - {row[1] for row in rows}},
+        root,
     )
 
 

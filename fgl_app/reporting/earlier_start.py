@@ -65,6 +65,11 @@ def refuse_other_content(settings: Settings, key: str, was: Mapping[str, Any], n
         )
 
 
+def is_other_listing(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether two starts found other image files; a run of a version that did not say so passes."""
+    return "listing" in was and was["listing"] != now.get("listing")
+
+
 def say_if_finished(settings: Settings) -> str | None:
     """Return a sentence if an earlier start has finished this run, and None if something is left to do.
 

@@ -13,7 +13,7 @@ from typing import Any
 from fgl_app.config import parse_run_config
 from fgl_app.data.images import ImageSet, resize
 from fgl_app.data.readers import open_part
-from fgl_app.data.sources import client_rows, load_split
+from fgl_app.data.sources import client_rows, load_split, train_part
 from fgl_app.errors import ConfigError, DataError, RunFolderError
 from fgl_app.files import read_json_lines
 from fgl_app.prompts import PromptCount
@@ -186,6 +186,22 @@ def held_out_images(run: FinishedRun, size_px: int) -> ImageSet:
 def _refuse_other_division(run: FinishedRun) -> None:
     if run.divided_otherwise:
         raise DataError("An earlier version made this run and held out other images than this one would.")
+    check_listing(run.config["resolved"], _settings(run))
+
+
+def check_listing(resolved: Mapping[str, Any], settings: Settings) -> None:
+    """Check that the image files are those that a run was made with; an earlier version did not say which.
+
+    Args:
+        resolved: What the run's settings came to.
+        settings: The run's settings, with the place of the data on this machine.
+
+    Raises:
+        DataError: If files were added, removed or renamed, so that others would be held out than were.
+    """
+    kept = resolved.get("listing")
+    if kept is not None and kept != train_part(settings.card, settings.data).listing():
+        raise DataError("Image files were added, removed or renamed since the run, which divides them anew.")
 
 
 def _settings(run: FinishedRun) -> Settings:

@@ -26,7 +26,7 @@ from fgl_app.files import (
     write_json_lines,
 )
 from fgl_app.prompts import MergedPrompts, PromptCount
-from fgl_app.reporting.earlier_start import earlier_config, refuse_other_content, run_path
+from fgl_app.reporting.earlier_start import earlier_config, is_other_listing, refuse_other_content, run_path
 from fgl_app.reporting.folder_lock import keep_locked
 from fgl_app.reporting.ledger import ReleaseLedger
 from fgl_app.settings import Settings
@@ -79,6 +79,12 @@ def refuse_other_start(settings: Settings, resolved: Mapping[str, Any]) -> None:
         raise RunFolderError(
             f"`run-name` {path.name} was begun by a version that held out the same test images for every seed. This "
             "version divides the images by `seed` and would train on some of them. Use another `run-name`."
+        )
+    if is_other_listing(was, resolved):
+        raise RunFolderError(
+            f"`run-name` {path.name} must be resumed with the image files that it began with, but some of them were "
+            "added, removed or renamed since, so that all would be divided anew and test images trained on. Put the "
+            "files back or use another `run-name`."
         )
     for key in IDENTITIES:
         refuse_other_content(settings, key, was, resolved)

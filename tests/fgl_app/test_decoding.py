@@ -1,7 +1,9 @@
+import dataclasses
 import subprocess
 import sys
 import tracemalloc
 
+import datasets
 import numpy as np
 import pydicom
 import pytest
@@ -359,3 +361,35 @@ def test_want_of_memory_is_no_fault_of_an_image(allocate, tmp_path, monkeypatch)
     with pytest.raises((MemoryError, RuntimeError)) as raised:
         open_picture(tmp_path / "good.png")
     assert not isinstance(raised.value, DataError)
+
+
+def test_an_image_of_a_hub_table_is_decoded_as_a_file_is(tmp_path):
+    deep = np.stack([ramp(4095), ramp(2000), ramp(0)], axis=2)
+    write_png16(tmp_path / "deep.png", deep)
+    Image.fromarray(ramp(4095)).save(tmp_path / "grey.tif", tiffinfo={262: 0})
+    write_rotated_jpeg(tmp_path / "rotated.jpg")
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "slide.png")
+    (tmp_path / "text.png").write_bytes(b"no image")
+    files = sorted(path for path in tmp_path.iterdir() if path.suffix != ".yaml")
+    (tmp_path / "hub").mkdir()
+    stored = datasets.Dataset.from_dict(
+        {"img": [{"bytes": path.read_bytes(), "path": None} for path in files], "label": [0, 1, 0, 1, 0]},
+        features=datasets.Features(
+            img={"bytes": datasets.Value("binary"), "path": datasets.Value("string")}, label=datasets.Value("int64")
+        ),
+    )
+    stored.cast_column("img", datasets.Image()).to_parquet(str(tmp_path / "hub" / "train-00000-of-00001.parquet"))
+    card = dataclasses.replace(load_card("cifar10"), columns={"image": "img", "label": "label"}, source_options={})
+    card = dataclasses.replace(card, classes=tuple(dataclasses.replace(card.classes[n], source_id=n) for n in range(2)))
+
+    part = open_part(card, "train", str(tmp_path / "hub"))
+
+    assert [path.name for path in files] == ["deep.png", "grey.tif", "rotated.jpg", "slide.png", "text.png"]
+    for row, path in enumerate(files[:3]):
+        assert np.array_equal(np.asarray(part.image(row)), decoded(path))
+    assert np.asarray(part.image(0))[0, :, 0].tolist() == np.rint(ramp(4095)[0] * (255 / 4095)).tolist()
+    for row, path in enumerate(files[3:], 3):
+        with pytest.raises(UnreadableError) as caught:
+            part.image(row)
+        assert caught.value.image.reason == reason(path)
+    assert "89,478,485 pixels" in reason(files[3])

@@ -1,5 +1,6 @@
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,15 +8,17 @@ import sys
 import pytest
 import torch
 import typer
+from data_sets import write_tree
 from flwr.app import ArrayRecord
 from typer.testing import CliRunner
 
 from fgl_app.cli import _resumable, cli
 from fgl_app.config import parse_run_config
 from fgl_app.data import sources
-from fgl_app.errors import ConfigError, RunFolderError
+from fgl_app.errors import ConfigError, DataError, RunFolderError
 from fgl_app.phases import resolve
-from fgl_app.reporting.earlier_start import say_if_finished
+from fgl_app.reporting.earlier_start import is_other_listing, say_if_finished
+from fgl_app.reporting.finished_run import check_listing
 from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.simulation import simulate
 
@@ -176,3 +179,47 @@ def test_the_process_that_waits_for_a_run_keeps_no_images_meanwhile(run_config, 
         simulate(chosen, num_clients=2, client_cpus=1, client_gpus=0.0)
 
     assert kept == [0, 0]
+
+
+def test_a_run_whose_image_files_are_others_now_is_refused(tmp_path, run_config):
+    write_tree(tmp_path / "pets", ["cat", "dog"], 12, "png")
+    chosen = run_config | {"dataset": str(tmp_path / "pets"), "min-samples-per-client": 0}
+    settings = parse_run_config(chosen)
+
+    def start():
+        sources.forget()
+        return RunFolder(settings, resolve(settings))
+
+    kept = json.loads((start().path / "config.json").read_text())["resolved"]["listing"]
+    start()  # with the same files it goes on
+    (tmp_path / "pets" / "cat" / "3.png").write_bytes(b"damaged")
+    (tmp_path / "pets" / "notes.txt").touch()
+    start()  # the list is the same
+    names = {"new": lambda: shutil.copy(tmp_path / "pets" / "cat" / "1.png", tmp_path / "pets" / "cat" / "z.png")}
+    names["other"] = lambda: (tmp_path / "pets" / "cat" / "z.png").rename(tmp_path / "pets" / "dog" / "z.png")
+    for change in names.values():
+        change()
+        with pytest.raises(RunFolderError, match="must be resumed with the image files that it began with"):
+            start()
+    (tmp_path / "pets" / "dog" / "z.png").unlink()
+    assert json.loads((start().path / "config.json").read_text())["resolved"]["listing"] == kept
+    # At another place it is the same list; a run of an earlier version has none.
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "pets").rename(tmp_path / "moved" / "pets")
+    elsewhere = parse_run_config(chosen | {"dataset": str(tmp_path / "moved" / "pets")})
+    assert resolve(elsewhere)["listing"] == kept
+    assert "listing" not in resolve(parse_run_config(run_config | {"dataset": "digits"}))
+    assert not is_other_listing({}, {"listing": kept})
+
+
+def test_a_run_whose_image_files_are_others_now_is_not_audited(tmp_path, run_config):
+    write_tree(tmp_path / "pets", ["cat", "dog"], 12, "png")
+    settings = parse_run_config(run_config | {"dataset": str(tmp_path / "pets"), "min-samples-per-client": 0})
+    listing = resolve(settings)["listing"]
+    check_listing({"listing": listing}, settings)
+    check_listing({}, settings)
+    write_tree(tmp_path / "pets" / "cat", ["more"], 1, "png")
+    sources.forget()
+
+    with pytest.raises(DataError, match="Image files were added, removed or renamed since the run"):
+        check_listing({"listing": listing}, settings)
