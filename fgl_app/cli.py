@@ -56,7 +56,10 @@ def check_data_command(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Run configuration, e.g. image-size=224 prompt-level=instance"),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Run configuration, e.g. image-size=224; dataset=folder for a SuperNode's card",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a contact sheet of the decoded pictures.")] = None,
 ) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fgl_app.cards import load_card, shipped_cards
+from fgl_app.cards import Card, shipped_cards
 from fgl_app.client_prompts import to_upload, write_own_prompts
 from fgl_app.config import default_run_config, parse_run_config
 from fgl_app.data.decoding import Unreadable
@@ -18,7 +18,7 @@ from fgl_app.data.folder import class_folders, open_folder, split_own
 from fgl_app.data.headers import Header, read_header
 from fgl_app.data.images import HeldOut, ImageSet
 from fgl_app.data.readers import Part, open_part
-from fgl_app.data.sources import ClientData, train_rows
+from fgl_app.data.sources import ClientData, open_own_card, train_rows
 from fgl_app.errors import ConfigError, FGLError
 from fgl_app.files import sha256, write_atomically
 from fgl_app.foundation_models import text_shape
@@ -62,7 +62,8 @@ def check_data(
 
     Args:
         source: A folder with one folder of images per class, a card's file, or the name of a shipped card.
-        overrides: Run configuration that matters to one's own images, e.g. ``image-size`` or ``prompt-level``.
+        overrides: Run configuration that matters to one's own images, e.g. ``image-size`` or ``prompt-level``. With
+            ``dataset`` folder, a card is that of a SuperNode, which divides its training part by itself.
         out: Folder for the contact sheet; None for none.
         say: Prints a line.
 
@@ -72,24 +73,30 @@ def check_data(
     """
     path = Path(source).expanduser()
     is_folder = path.is_dir()
+    own = is_folder or overrides.get("dataset") == "folder"
     if not is_folder and source not in shipped_cards() and not (path.is_file() and path.suffix in (".yaml", ".yml")):
         raise ConfigError(
             f"{source!r} is neither a folder, nor a card's .yaml file, nor the name of a shipped card "
             f"({', '.join(shipped_cards())})."
         )
-    dataset = "folder" if is_folder else str(path.absolute()) if path.suffix in (".yaml", ".yml") else source
+    place = str(path.absolute()) if path.suffix in (".yaml", ".yml") else source
+    dataset = "folder" if own else place
     settings = parse_run_config(
         default_run_config() | dict(overrides) | {"dataset": dataset, "require-approval": False}
     )
+    card, named = settings.card, settings.card.class_names()
     if is_folder:
-        names = tuple(settings.card.class_names() or class_folders(path))
+        names = run_names = tuple(named or class_folders(path))
         opened = {str(path): open_folder(path.absolute(), names)}
+    elif own:
+        card, part, run_names = open_own_card(place, settings.data.data_dir, named)
+        names, opened = card.class_names(), {f"{card.name}, train": part}
     else:
-        card = load_card(dataset)
-        names = card.class_names()
+        names = run_names = named
         opened = {f"{card.name}, {name}": open_part(card, name, settings.data.data_dir) for name in card.splits}
     say(f"decoding {sum(len(part.labels) for part in opened.values()):,} images\n")
-    parts = [_checked(name, part, names, settings, own=is_folder) for name, part in opened.items()]
+    numbers = [run_names.index(name) for name in names] if own else None
+    parts = [_checked(name, part, card, names, settings, numbers) for name, part in opened.items()]
     for checked in parts:
         for line in _lines(checked, names):
             say(line)
@@ -97,7 +104,12 @@ def check_data(
     for line in _duplicates(parts, names):
         say(line)
     say("")
-    for line in _sent(parts[0], names, settings, own=is_folder):
+    if not own:
+        say(
+            "what follows is said of a simulation with this card; what a SuperNode does whose node-config names it is "
+            "said with dataset=folder\n"
+        )
+    for line in _sent(parts[0], run_names, settings, numbers):
         say(line)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -108,9 +120,11 @@ def check_data(
     return parts
 
 
-def _checked(name: str, part: Part, class_names: Sequence[str], settings: Settings, *, own: bool) -> CheckedPart:
+def _checked(
+    name: str, part: Part, card: Card, class_names: Sequence[str], settings: Settings, numbers: Sequence[int] | None
+) -> CheckedPart:
+    """Decode a part; ``numbers`` are those of its classes in the run, for a site's own images."""
     rows = range(len(part.labels))
-    card = settings.card
     decoded = decode_readable(part, rows, card.transforms, settings.data.image_size, card.fit)
     headers = {
         row: header
@@ -118,8 +132,8 @@ def _checked(name: str, part: Part, class_names: Sequence[str], settings: Settin
         if (path := Path(part.name(row))).is_file() and (header := read_header(path))
     }
     findings = findings_of(decoded, part, rows, class_names)
-    if own:
-        test = split_own(part, decoded, range(len(class_names)))[1].test
+    if numbers is not None:
+        test = split_own(part, decoded, numbers)[1].test
         findings = dataclasses.replace(findings, num_test=len(test))
     return CheckedPart(name, part, decoded, findings, headers)
 
@@ -215,10 +229,17 @@ def _names(group: Sequence[tuple[CheckedPart, int]], class_names: Sequence[str])
     return " and ".join(f"{each.part.name(row)!r} ({class_names[each.part.labels[row]]})" for each, row in group[:2])
 
 
-def _sent(checked: CheckedPart, class_names: Sequence[str], settings: Settings, own: bool) -> list[str]:
+def _sent(
+    checked: CheckedPart, class_names: Sequence[str], settings: Settings, numbers: Sequence[int] | None
+) -> list[str]:
     """Say what a client with these images would send before the first round, at each level of prompts."""
-    if own:
-        train = split_own(checked.part, checked.decoded, range(len(class_names)))[0]
+    lines = []
+    if numbers is not None:
+        train, held_out = split_own(checked.part, checked.decoded, numbers)
+        lines.append(
+            f"a SuperNode trains on {len(train):,} of these images; it holds {len(held_out.validation):,} out for "
+            f"validation and {len(held_out.test):,} for the test"
+        )
     else:
         try:
             chosen_rows = set(train_rows(settings.card, settings.data, settings.run.seed))
@@ -227,7 +248,7 @@ def _sent(checked: CheckedPart, class_names: Sequence[str], settings: Settings, 
         train = checked.data.take([index for index, row in enumerate(checked.rows) if row in chosen_rows])
     client = ClientData(train, lambda: HeldOut(train, train), 0, tuple(class_names), checked.findings)
     asked = settings.prompts.prompt_level
-    lines = [f"what a client that trains on {len(train):,} of these images would send, by prompt-level:"]
+    lines.append(f"what a client that trains on {len(train):,} of these images would send, by prompt-level:")
     levels: tuple[Literal["class", "instance", "embedding"], ...] = ("class", "instance", "embedding")
     for level in levels:
         if level not in ("class", asked):

@@ -70,7 +70,8 @@ def load_client_data(
     if settings.dataset == "folder":
         named = class_names or card.class_names()
         if "card" in node_config:
-            train, held_out, findings, names = _load_own_card(node_config, named, settings)
+            own, part, names = open_own_card(str(node_config["card"]), str(node_config.get("data-path", "")), named)
+            train, held_out, findings = load_own(part, names, settings.image_size, of_card=own)
         else:
             path = node_config.get("data-path")
             if not isinstance(path, str):
@@ -92,16 +93,21 @@ def load_client_data(
     return ClientData(train, common, partition_id, card.class_names(), findings)
 
 
-def _load_own_card(
-    node_config: Mapping[str, RunConfigValue], class_names: Sequence[str], settings: DataSettings
-) -> tuple[ImageSet, HeldOut, Findings, tuple[str, ...]]:
-    """Load the training part of a node's own card, whose classes are found in the run's by their names.
+def open_own_card(place: str, data_path: str, class_names: Sequence[str]) -> tuple[Card, Part, tuple[str, ...]]:
+    """Open the training part of a node's own card, whose classes are found in the run's by their names.
+
+    Args:
+        place: The card's file or name.
+        data_path: Where its data lie; empty for where the card says.
+        class_names: The run's classes; empty where it has none yet.
 
     Returns:
-        The training images, those held out, what was found, and the run's classes, or the card's where the run has
-        none yet.
+        The card, its training images, and the run's classes, or the card's where the run has none yet.
+
+    Raises:
+        DataError: If the data cannot be opened, or have a class that the run has not.
     """
-    card = load_card(str(node_config["card"]))
+    card = load_card(place)
     names = tuple(class_names or card.class_names())
     absent = [name for name in card.class_names() if name not in names]
     if absent:
@@ -109,8 +115,7 @@ def _load_own_card(
             f"The classes of the node's card {card.name} must be among {', '.join(names)}, but {absent[0]!r} is not. "
             "Rename it in the card or add it to `class-names`."
         )
-    part = _open(card, "train", str(node_config.get("data-path", "")))
-    return *load_own(part, names, settings.image_size, of_card=card), names
+    return card, _open(card, "train", data_path), names
 
 
 @functools.lru_cache(maxsize=8)  # decoding takes longer than an epoch of a small model

@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 
 from fgl_app.cli import cli
 from fgl_app.client_app import app
+from fgl_app.config import parse_run_config
 from fgl_app.data.findings import by_reason
+from fgl_app.data.sources import load_client_data
 from fgl_app.data_check import SHEET, check_data
-from fgl_app.errors import ConfigError
+from fgl_app.errors import ConfigError, DataError
 from fgl_app.records import decode_prompts, num_unreadable_of, payload_of
 
 
@@ -108,3 +110,39 @@ def test_folders_that_lie_too_deep_are_noticed(tmp_path):
     assert "warning: all images of 'pets' lie in 2 folders, which count as one class: cat, dog" in text
     with pytest.raises(ConfigError, match="is neither a folder, nor a card's"):
         check_data(str(tmp_path / "pets" / "cat" / "0.png"), {}, None, print)
+
+
+def test_of_a_card_it_is_said_what_a_supernode_does_with_it_or_what_a_simulation_does(tmp_path, run_config):
+    for part, count in (("train", 20), ("test", 5)):
+        for number, name in enumerate(["cat", "dog"]):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                colour = (100 * number + index, 90 * (part == "test"), 0)
+                Image.new("RGB", (8, 8), colour).save(tmp_path / part / name / f"{index:02}.png")
+    (tmp_path / "train" / "cat" / "03.png").write_bytes(b"")
+    card = tmp_path / "pets.yaml"
+    card.write_text(
+        "source: {kind: folder}\nsplits: {train: train, test: test}\nvalidation: 0.2\nclasses: [cat, dog]\n"
+        "prompts: {class: 'a {class}'}\n"
+    )
+    config = run_config | {"dataset": "folder", "class-names": "ape, cat, dog", "image-size": 8}
+    settings = parse_run_config(config)
+    node = {"card": str(card), "data-path": str(tmp_path)}
+    data = load_client_data(settings.card, settings.data, node, 0)
+
+    simulated = printed(card, f"data-dir={tmp_path}", "image-size=8")
+    site = printed(card, f"data-dir={tmp_path}", "image-size=8", "dataset=folder", "class-names=ape, cat, dog")
+
+    assert "what follows is said of a simulation with this card" in simulated
+    assert "pets, test: 10 images can be used" in simulated
+    assert "simulation" not in site
+    assert "pets, test" not in site
+    assert "pets, train: 39 images can be used" in site
+    held_out = data.held_out()
+    assert (
+        f"a SuperNode trains on {len(data.train)} of these images; it holds {len(held_out.validation)} out for "
+        f"validation and {len(held_out.test)} for the test"
+    ) in site
+    assert len(data.train) + len(held_out.validation) + len(held_out.test) == 39
+    with pytest.raises(DataError, match="'cat' is not"):
+        check_data(str(card), {"data-dir": str(tmp_path), "dataset": "folder", "class-names": "a, b"}, None, print)
