@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fgl_app import supervisor, tiny
@@ -35,6 +36,28 @@ _START_TIMEOUT_S = 60.0
 
 class RunFailedError(FGLError):
     """Flower reports that the run did not complete."""
+
+
+@dataclass(frozen=True)
+class _SuperLink:
+    """A SuperLink of one run."""
+
+    environment: dict[str, str]
+    """With which Flower's commands reach it."""
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+    def log_tail(self) -> str:
+        return self.log_path.read_text("utf-8", "replace")[-2000:]
+
+    def require_running(self) -> None:
+        """Raise an error with the end of its log if it has ended, which it does by itself at a fault alone."""
+        if self.process.poll() is not None:
+            raise RunFailedError(
+                "The SuperLink must run until the end of the run, but ended before. What was finished is kept; once "
+                "the reason is gone, the same command goes on from there. The SuperLink's log ends:\n"
+                f"{self.log_tail()}"
+            )
 
 
 def simulate(
@@ -89,11 +112,12 @@ def simulate(
     federation = (
         f"num-supernodes={num_clients} client-resources-num-cpus={client_cpus} client-resources-num-gpus={client_gpus}"
     )
-    with temporary_home() as home, _superlink(home, settings.synthesis.ray_address) as environment:
+    with temporary_home() as home, _superlink(home, settings.synthesis.ray_address) as link:
         command = ["flwr", "run", str(APP_FOLDER), "fgl", "--stream"]
         command += ["--run-config", run_config, "--federation-config", federation]
-        code, run_id = _stream(command, environment)
-        status = _status(run_id, environment) if run_id else "never started"
+        code, run_id = _stream(command, link.environment)
+        link.require_running()
+        status = _status(run_id, link) if run_id else "never started"
     if code != 0 or status != "finished:completed":
         raise RunFailedError(
             f"Flower must report the run as finished:completed, but reports {status}. The log above has the reason. "
@@ -173,8 +197,8 @@ def _unsaid() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _superlink(home: Path, ray_address: str) -> Iterator[dict[str, str]]:
-    """Start a SuperLink for simulations below ``home``; yield the environment that reaches it; stop all of it."""
+def _superlink(home: Path, ray_address: str) -> Iterator[_SuperLink]:
+    """Start a SuperLink for simulations below ``home``; yield it; stop all of it."""
     port = free_port()
     environment = child_environment(
         ray_address,
@@ -190,25 +214,28 @@ def _superlink(home: Path, ray_address: str) -> Iterator[dict[str, str]]:
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     log_path = home / "superlink.log"
-    process = supervisor.start(command, environment, log_path)
+    link = _SuperLink(environment, supervisor.start(command, environment, log_path), log_path)
     try:
-        _wait_until_healthy(process, port, log_path)
-        yield environment
+        _wait_until_healthy(link, port)
+        yield link
     finally:
-        _stop(process, home)
+        _stop(link.process, home)
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
+def _wait_until_healthy(link: _SuperLink, port: int) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    while time.monotonic() < deadline and link.process.poll() is None:
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=2)) as connection,
+        ):
             connection.request("GET", "/health")
             if connection.getresponse().status == http.client.OK:
                 return
         time.sleep(0.2)
-    tail = log_path.read_text("utf-8", "replace")[-2000:]
-    raise RunFailedError(f"The SuperLink must start within {_START_TIMEOUT_S:g} s, but did not. Its log ends:\n{tail}")
+    raise RunFailedError(
+        f"The SuperLink must start within {_START_TIMEOUT_S:g} s, but did not. Its log ends:\n{link.log_tail()}"
+    )
 
 
 def _stream(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str | None]:
@@ -231,19 +258,20 @@ def _stream(command: Sequence[str], environment: dict[str, str]) -> tuple[int, s
     return process.returncode, run_id
 
 
-def _status(run_id: str, environment: dict[str, str]) -> str:
+def _status(run_id: str, link: _SuperLink) -> str:
     """Ask Flower how the run ended; the log's stream can end a moment before the status is set."""
     status = "unknown"
     for _ in range(60):
         listing = subprocess.run(
             ["flwr", "list", "fgl", "--run-id", run_id, "--format", "json"],
-            env=environment, cwd=environment["FLWR_HOME"], stdin=subprocess.DEVNULL, capture_output=True,
+            env=link.environment, cwd=link.environment["FLWR_HOME"], stdin=subprocess.DEVNULL, capture_output=True,
             encoding="utf-8", check=False,
         )  # fmt: skip
         with contextlib.suppress(ValueError, KeyError, IndexError):
             status = json.loads(listing.stdout)["runs"][0]["status"]
         if status.startswith("finished"):
             break
+        link.require_running()
         time.sleep(1.0)
     return status
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fgl_app.environment import child_environment
+from fgl_app import simulation
+from fgl_app.environment import child_environment, temporary_home
 
 # A command that ignores being terminated and starts another in a session of its own, as Flower and Ray do.
 COMMAND = """
@@ -87,3 +88,16 @@ def test_a_run_of_a_comparison_ends_in_good_order_when_the_comparison_is_killed(
         run.stdin.close()  # as the system does for one that was killed
         assert run.wait(120) == 128 + signal.SIGTERM
     assert os.listdir(tmp_path) == []
+
+
+def test_a_superlink_that_has_ended_is_named_at_once_with_the_end_of_its_log():
+    with temporary_home() as home, simulation._superlink(home, "") as link:
+        for process in psutil.Process(link.process.pid).children():
+            process.kill()
+        link.process.wait(60)
+        with link.log_path.open("a") as log:
+            log.write("the disk of the database is full\n")
+
+        for ask in (link.require_running, lambda: simulation._status("1234567", link)):
+            with pytest.raises(simulation.RunFailedError, match=r"ended before(.|\n)*database is full"):
+                ask()
