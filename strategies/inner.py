@@ -15,6 +15,9 @@ from fgl_app.records import EQUAL_WEIGHT, NUM_EXAMPLES, mean_evaluation
 
 _OURS = frozenset(inspect.signature(FedAvg.__init__).parameters)
 """Parameters that the run configuration sets by keys of its own."""
+_CLIENTS_PER_HOSTILE = {"Krum": (2, 3), "MultiKrum": (2, 3), "Bulyan": (4, 3)}
+"""Slope and offset of the least number of clients, of whom f are hostile: Krum's guarantee needs 2 f + 3 (Blanchard et
+al. 2017, Proposition 4.2), Bulyan 4 f + 3 (El Mhamdi et al. 2018), with fewer of which Flower's skips the round."""
 
 
 def strategy_names() -> list[str]:
@@ -39,7 +42,8 @@ def build_inner(name: str, options: str, *, num_selected: int, weighting: str, e
         evaluate_on_clients: Whether clients evaluate after each round.
 
     Raises:
-        ConfigError: If Flower has no such strategy, or it does not take an option or its value.
+        ConfigError: If Flower has no such strategy, it does not take an option or its value, or a round has too few
+            clients for it.
     """
     known = strategy_names()
     if name not in known:
@@ -62,6 +66,7 @@ def build_inner(name: str, options: str, *, num_selected: int, weighting: str, e
         if not math.isfinite(number):
             raise ConfigError(f"`strategy-options` must be KEY=NUMBER, but hold {word!r}. Use eta=0.1.")
         keywords[key] = number
+    _check_hostile(name, keywords.get("num_malicious_nodes", 0), num_selected)
     try:
         strategy: Strategy = made(
             fraction_train=1.0,
@@ -76,3 +81,20 @@ def build_inner(name: str, options: str, *, num_selected: int, weighting: str, e
     except (TypeError, ValueError) as error:
         raise ConfigError(f"`strategy-options` {options!r} do not make a {name}: {error}.") from None
     return strategy
+
+
+def _check_hostile(name: str, num_hostile: float, num_selected: int) -> None:
+    """Refuse a round of fewer clients than a strategy needs to withstand the hostile ones among them."""
+    slope, offset = _CLIENTS_PER_HOSTILE.get(name, (0, 0))
+    if slope and (num_hostile < 0 or not isinstance(num_hostile, int)):
+        raise ConfigError(f"`num-malicious-nodes` of {name} must be a whole number from 0 on, but is {num_hostile}.")
+    needed = slope * num_hostile + offset
+    # Without hostile clients Krum chooses among any number of them.
+    if num_selected < needed and (num_hostile or name == "Bulyan"):
+        largest = (num_selected - offset) // slope
+        raise ConfigError(
+            f"`strategy` {name} needs rounds of at least {needed} clients to withstand num-malicious-nodes="
+            f"{num_hostile}, {slope} for each and {offset}, but a round may have {num_selected}. "
+            + (f"Use at most {largest}, or" if largest >= 0 else "Use another `strategy`, or")
+            + " more clients: see `num-clients`, `fraction-train` and `min-clients`."
+        )
