@@ -19,7 +19,7 @@ from fgl_app.files import checkpoint_file
 from fgl_app.foundation_models import check_model_source, check_weights, text_shape
 from fgl_app.models import build_model, check_all_trained, check_draws_nothing, check_model, size_of
 from fgl_app.phases import initial_arrays
-from fgl_app.prompts import class_prompts, read_blocked_words
+from fgl_app.prompts import read_blocked_words
 from fgl_app.prompts.rehearsal import check_class_prompts
 from fgl_app.records import check_embeddings_fit
 from fgl_app.reporting.earlier_start import DIVISION
@@ -77,7 +77,6 @@ def check_settings(settings: Settings) -> Settings:
     open_trackers(settings, None)
     prompts, synthesis = settings.prompts, settings.synthesis
     if settings.synthesizes:
-        _check_class_prompts(settings)
         if UNIT_SIZE % synthesis.synthesis_batch_size:
             raise ConfigError(
                 f"`synthesis-batch-size` must divide the {UNIT_SIZE} images of a unit, but is "
@@ -128,21 +127,6 @@ def check_settings(settings: Settings) -> Settings:
     _tell_size(settings, len(names))
     inner_strategy(settings)  # the last, because Flower's strategies log what they were told
     return settings
-
-
-def _check_class_prompts(settings: Settings) -> None:
-    """Check that what clients write of each class name, without a caption, is not longer than the run allows."""
-    if settings.prompts_from_server:
-        return
-    names = settings.card.prompt_names(settings.card.class_names())
-    for domain in settings.card.domains or (None,):
-        form = settings.prompt_form(domain)
-        by_class = settings.prompts.prompt_level == "class"
-        templates = form.class_templates[: settings.prompts.num_prompts_per_class]
-        class_prompts(
-            range(len(names)), names, templates if by_class else (form.instance_template,),
-            max_chars=settings.policy.max_prompt_chars,
-        )  # fmt: skip
 
 
 def _check_origin(settings: Settings) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fgl_app.errors import ConfigError, DataError
 from fgl_app.prompts.screening import NAMED, limits_of, name_fault, screen_prompts
-from fgl_app.prompts.writing import comparable, fill, printable
+from fgl_app.prompts.writing import class_prompts, comparable, instance_prompts
 from fgl_app.settings import Settings
 
 _CAPTION = "."
@@ -21,6 +21,7 @@ def check_class_prompts(settings: Settings) -> None:
 
     Raises:
         ConfigError: If a class would be refused prompt by prompt, or drawn as another one.
+        PromptError: If a prompt of a class's name alone is longer than `max-prompt-chars`.
     """
     card = settings.card
     for what, names in (("class", card.class_names()), ("domain", card.domains)):
@@ -32,8 +33,8 @@ def check_class_prompts(settings: Settings) -> None:
     drawn: dict[str, str] = {}
     limits = limits_of(settings.policy)
     for item in card.classes:
-        rows = _rows(settings, item.name, item.prompt)
-        if not settings.prompts_from_server and settings.prompts.prompt_level != "embedding":
+        rows = [] if settings.prompts_from_server else _rows(settings, item.name, item.prompt)
+        if rows and settings.prompts.prompt_level != "embedding":
             _, refused = screen_prompts(
                 rows,
                 replace(limits, max_prompts=len(rows)),
@@ -75,16 +76,22 @@ def check_site(class_names: Sequence[str], settings: Settings) -> None:
 
 
 def _rows(settings: Settings, name: str, called: str) -> list[tuple[str, int, str, str]]:
-    """Return what a client that holds a class in all domains would send of it, with next to no captions."""
-    found: dict[tuple[str, str], None] = {}
+    """Return what a client that holds a class in all domains would send of it, with next to no captions.
+
+    Raises:
+        PromptError: If what it writes of the class's name alone is too long.
+    """
+    found = []
+    max_chars = settings.policy.max_prompt_chars
     for domain in settings.card.domains or ("",):
         form = settings.prompt_form(domain or None)
-        templates: Sequence[str] = form.class_templates[: settings.prompts.num_prompts_per_class]
-        if settings.prompts.prompt_level != "class":
-            templates = (form.instance_template,)
-        for template in templates:
-            found[domain, printable(fill(template, called, _CAPTION))] = None
-    return [(name, 1, prompt, domain) for domain, prompt in found]
+        if settings.prompts.prompt_level == "class":
+            templates = form.class_templates[: settings.prompts.num_prompts_per_class]
+            found += class_prompts([0], [called], templates, domain, max_chars)
+        else:
+            class_prompts([0], [called], [form.instance_template], domain, max_chars)
+            found += instance_prompts([0], [_CAPTION], [called], form.instance_template, domain, max_chars)
+    return [(name, 1, item.prompt, item.domain) for item in found]
 
 
 def _of(settings: Settings) -> str:

@@ -8,7 +8,7 @@ from flwr.app import Context, Message, RecordDict
 from fgl_app.checks import check_settings
 from fgl_app.client_app import app
 from fgl_app.config import default_run_config, parse_run_config
-from fgl_app.errors import ConfigError, DataError
+from fgl_app.errors import ConfigError, DataError, PromptError
 from fgl_app.prompts.rehearsal import check_class_prompts, check_site
 from fgl_app.prompts.screening import MAX_NAME_CHARS, PromptLimits, name_fault, screen_prompts
 
@@ -61,7 +61,7 @@ def test_a_folder_of_a_class_that_would_not_be_drawn_is_named_before_the_start(t
     [
         ({"classes": "[cat, {name: dog, prompt: cat}]"}, "'dog' and 'cat' would be drawn as one"),
         ({"classes": "[cat, dog]", "blocked_words": "DOG"}, "those of 'dog' have a blocked word"),
-        ({"classes": "[cat, dog]", "max_prompt_chars": 4}, "those of 'cat' have an empty or too long prompt"),
+        ({"classes": "[cat, dog]", "max_prompt_chars": 4}, "characters, and `max-prompt-chars` allows 4"),
         ({"classes": f"[cat, {'d' * (MAX_NAME_CHARS + 1)}]"}, "the class 'ddd.* has 101 characters"),
         ({"classes": "[cat, dog]", "class_prompt": "a secret {class}", "blocked_words": "secret"}, "a blocked word"),
         ({"classes": "[cat, dog]", "prompt_level": "instance", "blocked_words": "dog"}, "a blocked word"),
@@ -70,7 +70,7 @@ def test_a_folder_of_a_class_that_would_not_be_drawn_is_named_before_the_start(t
 def test_a_class_whose_prompts_would_be_refused_or_mistaken_is_named_before_the_start(tmp_path, changes, named):
     others = {key: value for key, value in changes.items() if key != "classes"}
 
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises((ConfigError, PromptError), match=named):
         check_class_prompts(settings_of(dataset=card(tmp_path, changes["classes"]), **others))
 
 
