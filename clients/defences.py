@@ -61,7 +61,7 @@ class CountedFilter:
         """Return what may leave the client of a caption."""
         left = self._defend(caption)
         self.captions += 1
-        self.changed += left != caption
+        self.changed += _tidy(left) != _tidy(caption)  # blanks and lone marks that go tell of no word
         self.emptied += bool(caption) and not left
         return left
 

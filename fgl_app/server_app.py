@@ -235,6 +235,7 @@ class Session:
             class_prompt=self._class_prompt,
             deadline_s=policy.prompt_deadline_s,
             approved_by_owners=self.settings.privacy.require_approval,
+            exact_counts=self.settings.privacy.prompt_counts == "exact",
             before_asking=self.ledger.asked_for_prompts,
         )
 

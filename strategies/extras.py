@@ -5,7 +5,8 @@ optional::
 
     class Scaffold(FedAvg):
         extra_records = {"control": ArrayRecord}  # in each answer to "train", beside "arrays" and "metrics"
-        extra_metrics = ("num-steps",)  # metrics that each answer to "train" must have, beside this application's
+        extra_metrics = ("num-steps",)  # metrics that each answer to "train" must have, beside this application's;
+                                         # that of `weighted_by_key` is one of them
 
         def memory(self):  # tensors by name, kept with each checkpoint
             return self.control
@@ -35,10 +36,12 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
 from fgl_app.errors import ConfigError, RoundError
-from fgl_app.records import METRICS
+from fgl_app.records import EQUAL_WEIGHT, METRICS, NUM_EXAMPLES
 from strategies.differential_privacy import adds_noise
 from strategies.updates import values_of
 
+MAX_EXAMPLES = 10_000_000
+"""Most images that a client may say it has."""
 MAX_METRICS = 100
 """Most metrics of one reply beside those of this application."""
 MAX_METRIC = 1e300
@@ -71,6 +74,8 @@ class Extras:
     """ArrayRecords that those of their names must be like."""
     metrics: frozenset[str] = frozenset()
     """Metrics that must be there."""
+    weight: str = ""
+    """The one of them that is a client's weight in the aggregation; empty where that is one of this application's."""
     accepted: bool = True
     """Whether there may be more metrics."""
 
@@ -83,13 +88,16 @@ class Extras:
         """
         records: dict[str, type] = dict(getattr(strategy, "extra_records", {}))
         metrics = tuple(getattr(strategy, "extra_metrics", ()))
+        key = getattr(strategy, "weighted_by_key", NUM_EXAMPLES)
+        weight = "" if key in (NUM_EXAMPLES, EQUAL_WEIGHT) else str(key)
+        metrics += (weight,) if weight and weight not in metrics else ()
         if (records or metrics) and not accepted:
             raise ConfigError(
                 f"{type(strategy).__name__} asks clients for {(*records, *metrics)[0]!r}, which neither noise nor "
                 "withheld counts would protect. Run it without `client-dp`, `example-dp-noise` and with "
                 "prompt-counts=exact."
             )
-        return cls(records, metrics=frozenset(metrics), accepted=accepted)
+        return cls(records, metrics=frozenset(metrics), weight=weight, accepted=accepted)
 
     def asked(self, questions: Sequence[Message]) -> Extras:
         """Return the same, but that an ArrayRecord must be like the one of its name in the questions to the clients."""
@@ -137,6 +145,8 @@ class Extras:
                 return f"a metric {_shown(name)} that is not one number"
             if not abs(value) <= MAX_METRIC:
                 return f"a metric {_shown(name)} that is not finite, or larger than {MAX_METRIC:g}"
+            if name == self.weight and not 0 < value <= MAX_EXAMPLES:
+                return f"a weight {_shown(name)} that is not above 0 and at most {MAX_EXAMPLES:,}"
         return None
 
 
@@ -148,15 +158,18 @@ def take_means(contents: Sequence[RecordDict], known: Collection[str], weighted_
     Args:
         contents: Replies that :class:`Extras` found no fault with.
         known: Metrics of this application.
-        weighted_by: Metric that is a client's weight in the means.
+        weighted_by: Metric that is a client's weight in the means; where not all have it, as in the answers to
+            ``evaluate``, the number of images is.
     """
     records = [content.metric_records[METRICS] for content in contents]
+    weighted_by = weighted_by if all(weighted_by in record for record in records) else NUM_EXAMPLES
     means = {}
     for name in sorted({name for record in records for name in record} - {*known}):
         having = [record for record in records if name in record]
         weights = [float(cast(float, record[weighted_by])) for record in having]
         values = [float(cast(float, record[name])) for record in having]
-        means[name] = math.fsum(weight / sum(weights) * value for weight, value in zip(weights, values, strict=True))
+        total = sum(weights) or 1.0  # nobody has a test image
+        means[name] = math.fsum(weight / total * value for weight, value in zip(weights, values, strict=True))
         if len(having) < len(records):
             for record in having:
                 del record[name]

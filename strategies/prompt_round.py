@@ -62,6 +62,7 @@ class PromptRound:
         class_prompt: What takes the place of a text that fewer sent: the prompt of a class name and a domain.
         deadline_s: Seconds that :meth:`wait` waits.
         approved_by_owners: Whether every client waits for its owner's approval before it answers.
+        exact_counts: Whether the counts of prompts are numbers of images.
         before_asking: Is called before any node is asked for the first time, for the second, and so on: each answer may
             draw new noise.
     """
@@ -80,6 +81,7 @@ class PromptRound:
         class_prompt: Callable[[str, str], str] = lambda class_name, domain: class_name,
         deadline_s: float = 3600.0,
         approved_by_owners: bool = False,
+        exact_counts: bool = True,
         before_asking: Callable[[], None] = lambda: None,
     ) -> None:
         """See the class."""
@@ -94,6 +96,7 @@ class PromptRound:
         self._class_prompt = class_prompt
         self._deadline_s = deadline_s
         self._approved_by_owners = approved_by_owners
+        self._exact_counts = exact_counts
         self._before_asking = before_asking
         self._asked: Counter[int] = Counter()  # how many times each node was
         self._lost: set[int] = set()
@@ -257,7 +260,7 @@ class PromptRound:
             if told
             else None,
             "prompts_replaced": len(self._replaced),
-            "images_replaced": sum(item.count for item in self._replaced),
+            "images_replaced": sum(item.count for item in self._replaced) if self._exact_counts else None,
             "prompts_cut": len(self._cut),
         }
 

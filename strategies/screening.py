@@ -20,11 +20,9 @@ from fgl_app.records import (
     training_metrics,
 )
 from fgl_app.training import Evaluation
-from strategies.extras import Extras
+from strategies.extras import MAX_EXAMPLES, Extras
 from strategies.updates import STATISTICS, values_of
 
-MAX_EXAMPLES = 10_000_000
-"""Most images that a client may say it has."""
 MAX_LOSS = 1e9
 """Largest mean loss that a client may report, in nats; no cross-entropy, with or without FedProx's term, is below 0."""
 _NPY_HEADER_BYTES = 4096

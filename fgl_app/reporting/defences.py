@@ -53,10 +53,9 @@ def defences_sections(statement: Mapping[str, Any] | None) -> list[Section]:
             f"{captions['changed']:,} of them, and left nothing of {captions['emptied']:,}."
         )
     if replaced := statement.get("prompts_replaced"):
-        text.append(
-            f"{replaced:,} prompts, of {statement['images_replaced']:,} images, were replaced, because too few clients "
-            "sent them."
-        )
+        images = statement.get("images_replaced")  # not known where counts are withheld or have noise
+        of_images = "" if images is None else f", of {images:,} images,"
+        text.append(f"{replaced:,} prompts{of_images} were replaced, because too few clients sent them.")
     if cut := statement.get("prompts_cut"):
         text.append(f"{cut:,} prompts count for less, or not at all, because one client claimed too much of a class.")
     rows = [[key, str(value)] for key, value in statement["settings"].items()]

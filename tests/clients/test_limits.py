@@ -132,6 +132,16 @@ def test_what_the_defences_do_to_captions_is_counted():
     assert (defend.captions, defend.changed, defend.emptied) == (4, 2, 1)
 
 
+@pytest.mark.parametrize(("scrubbing", "max_words"), [("on", 0), ("strict", 0), ("off", 3)])
+def test_a_caption_that_was_only_tidied_is_not_counted_as_changed(scrubbing, max_words):
+    defend = CountedFilter(caption_filter(frozenset(), scrubbing=scrubbing, vocabulary_file="", max_words=max_words))
+
+    assert defend("  a  cat ,") in ("a cat", "a cat ,")
+    assert (defend.captions, defend.changed, defend.emptied) == (1, 0, 0)
+    assert defend("a cat at 555 0123") in ("a cat at", "a cat at 0123")
+    assert (defend.captions, defend.changed, defend.emptied) == (2, 1, 0)
+
+
 def test_of_too_many_prompts_the_most_frequent_go_out_and_no_class_is_lost(caplog):
     prompts = [PromptCount(0, f"cat {number}", 10 + number) for number in range(5)] + [PromptCount(1, "dog", 1)]
 

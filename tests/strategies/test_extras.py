@@ -19,9 +19,9 @@ from fgl_app.reporting.run_folder import RunFolder
 from fgl_app.training import Evaluation
 from strategies import FGL, CheckedRounds
 from strategies.differential_privacy import with_noise
-from strategies.extras import Extras
+from strategies.extras import Extras, take_means
 from strategies.prompt_round import PromptRound
-from strategies.screening import evaluation_fault, update_fault
+from strategies.screening import EVALUATED, evaluation_fault, update_fault
 
 NO_IMAGES = ImageSet(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
 TAKING_PART = {"fraction_evaluate": 0.0, "min_train_nodes": 3, "min_evaluate_nodes": 0, "min_available_nodes": 3}
@@ -182,6 +182,9 @@ CONTROL = ArrayRecord({"weight": Array(np.ones(3, np.float32))})
 DECLARED = Extras({"control": ArrayRecord}, {"control": SENT}, frozenset({"num-steps"}))
 
 
+WEIGHTED = Extras.of(FedAvg(weighted_by_key="steps"), accepted=True)
+
+
 def reply(*, leave_out="", metrics=None, **records):
     held = {"arrays": CONTROL, "metrics": MetricRecord(dict(training_metrics(8, 0.5)) | (metrics or {})), **records}
     held = {key: record for key, record in held.items() if key != leave_out}
@@ -202,6 +205,12 @@ def of(*values, dtype=np.float32):
         ({"metrics": {"auc": 1.7e308}}, Extras(), "`auc` that is not finite, or larger"),
         ({"metrics": {"auc": 10**400}}, Extras(), "`auc` that is not finite, or larger"),
         ({"metrics": {"auc": [0.5, 0.7]}}, Extras(), "`auc` that is not one number"),
+        ({"metrics": {"steps": 10_000_000}}, WEIGHTED, None),
+        ({"metrics": {"steps": 0.5}}, WEIGHTED, None),
+        ({"metrics": {"steps": 0}}, WEIGHTED, "a weight `steps` that is not above 0 and at most 10,000,000"),
+        ({"metrics": {"steps": -1.0}}, WEIGHTED, "a weight `steps`"),
+        ({"metrics": {"steps": 1e300}}, WEIGHTED, "a weight `steps`"),
+        ({}, WEIGHTED, "metrics without `steps`"),
         ({"metrics": {"a" * 65: 1.0}}, Extras(), "whose name is not"),
         ({"metrics": {"mr. kowalski": 1.0}}, Extras(), "whose name is not"),
         ({"metrics": {"auc": 0.7}}, Extras(accepted=False), "`auc`, which neither noise nor withheld counts protect"),
@@ -281,3 +290,13 @@ def test_where_noise_protects_updates_nothing_more_is_asked_for_or_accepted(make
     assert strategy.extra_metrics == {}
     with pytest.raises(ConfigError, match="Variates asks clients for 'control'"):
         CheckedRounds(Variates(), num_clients=3, accept_extras=False)
+
+
+def test_a_further_metric_of_evaluations_is_weighted_by_images_where_the_rounds_weight_is_not_told():
+    contents = []
+    for number, value in ((1, 1.0), (3, 2.0), (0, 9.0)):
+        told = Evaluation(0.5, 0.5, number, torch.zeros(number))
+        contents.append(RecordDict({"metrics": MetricRecord(dict(evaluation_metrics(told, told)) | {"auc": value})}))
+
+    assert take_means(contents, EVALUATED, "steps") == {"auc": pytest.approx(1.75)}
+    assert take_means(contents[2:], EVALUATED, "steps") == {"auc": 0.0}

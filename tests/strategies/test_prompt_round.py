@@ -13,6 +13,7 @@ from fgl_app.errors import PromptError, RoundError
 from fgl_app.phases import initial_arrays
 from fgl_app.prompts import PromptCount, PromptLimits
 from fgl_app.records import Upload, prompts_reply
+from fgl_app.reporting.defences import defences_sections
 from strategies import FGL
 from strategies.inner import build_inner
 from strategies.prompt_round import PromptRound
@@ -362,6 +363,23 @@ def test_a_wait_that_goes_on_is_told_ever_more_rarely(make_grid, monkeypatch, ca
     assert 14 <= sum(line.startswith("prompt round: replies from 0 of 3") for line in caplog.messages) <= 19
 
 
+def test_no_number_of_images_is_told_where_counts_are_withheld(make_grid):
+    grid = make_grid(prompt_level="instance", partition="iid", prompt_counts="withheld", weighting="uniform")
+    exchange = prompt_round(
+        grid, min_senders=3, class_prompt=lambda name, domain: f"a {name}", deadline_s=60.0, exact_counts=False
+    )
+    exchange.ask(grid.get_node_ids())
+    exchange.wait()
+    exchange.merged()
+
+    counted = exchange.report()["defences"]
+
+    assert counted["prompts_replaced"] > 0
+    assert counted["images_replaced"] is None
+    section = defences_sections({"settings": {}, **counted})[0].text[-1]
+    assert section == f"{counted['prompts_replaced']} prompts were replaced, because too few clients sent them."
+
+
 def test_what_clients_and_server_changed_for_privacy_is_counted(make_grid):
     grid = make_grid(prompt_level="instance", partition="iid", max_caption_words=3)
     exchange = prompt_round(grid, min_senders=3, class_prompt=lambda name, domain: f"a {name}", deadline_s=60.0)
@@ -375,6 +393,8 @@ def test_what_clients_and_server_changed_for_privacy_is_counted(make_grid):
     fallback = [item for item in merged.prompts if item.prompt.startswith("a ")]
     assert counted["images_replaced"] == sum(item.count for item in fallback) > 0
     assert counted["prompts_replaced"] >= len(fallback)
+    section = defences_sections({"settings": {}, **counted})[0].text[-1]
+    assert f" prompts, of {counted['images_replaced']} images, were replaced" in section
     assert counted["prompts_cut"] == 0
 
 
