@@ -84,6 +84,11 @@ class Card:
         """Hash of everything that the card says; a run does not go on with another card of the same name."""
         return hashlib.sha256(repr({**vars(self), "name": ""}).encode()).hexdigest()[:16]
 
+    def images_digest(self) -> str:
+        """Hash of which images these are and how they are divided, whatever else the card says of them."""
+        content = [self.kind, self.locator, dict(self.source_options), dict(self.splits), self.split_seed]
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the K classes in the order of their labels."""
         return tuple(item.name for item in self.classes)

@@ -13,10 +13,11 @@ from flwr.serverapp.strategy import Strategy
 from fgl_app import tiny
 from fgl_app.config import is_chosen
 from fgl_app.data.adequacy import check_classes, warnings_of
-from fgl_app.data.sources import client_rows
+from fgl_app.data.sources import client_rows, train_part
 from fgl_app.errors import ConfigError
 from fgl_app.files import checkpoint_file
 from fgl_app.foundation_models import check_model_source, check_weights, text_shape
+from fgl_app.image_folders import describe
 from fgl_app.models import build_model, check_all_trained, check_draws_nothing, check_model, size_of
 from fgl_app.phases import initial_arrays
 from fgl_app.prompts import read_blocked_words
@@ -118,6 +119,9 @@ def check_settings(settings: Settings) -> Settings:
     if not settings.own_folders:
         card, data, run = settings.card, settings.data, settings.run
         check_classes(card, data, run.seed)
+        if ignored := train_part(card, data).ignored:
+            count = sum(ignored.values())
+            log(WARNING, "%s: %s files of the training part are no images: %s", card.name, count, describe(ignored))
         for line in warnings_of(card, data, 0 if run.method == "centralized" else run.num_clients, run.seed):
             log(WARNING, "%s: %s", card.name, line)
         if prompts.noises_each_image and settings.synthesizes and run.method != "centralized":
@@ -143,13 +147,15 @@ def _check_origin(settings: Settings) -> None:
         return  # no run's checkpoint
     here = (settings.run.seed, DIVISION)
     held_out_here = not settings.own_folders and settings.card.validation + settings.card.test > 0
-    same_card = resolved.get("card") == settings.card.digest()
+    same_images = resolved.get("images") == settings.card.images_digest()
+    if "images" not in resolved:  # of an older version
+        same_images = resolved.get("card") == settings.card.digest()
     synthetic_only = (
         flat.get("method") in ("fgl", "gpt-fl")
         and checkpoint == checkpoint_file(checkpoint.parent.parent, 1)
         and flat.get("initial-weights", "random") in ("random", "imagenet")
     )
-    if held_out_here and same_card and not synthetic_only and (flat.get("seed"), resolved.get("division")) != here:
+    if held_out_here and same_images and not synthetic_only and (flat.get("seed"), resolved.get("division")) != here:
         raise ConfigError(
             f"`initial-weights` {str(checkpoint)!r} were trained with seed {flat.get('seed')}, which divides "
             f"{settings.card.name} otherwise: they may have seen test images of seed {settings.run.seed}. Use weights "

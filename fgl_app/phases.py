@@ -93,6 +93,7 @@ def resolve(settings: Settings) -> dict[str, str]:
         "synthesis_batch_size": str(draw_batch_size(str(drawn_on), synthesis.synthesis_batch_size)),
         "data_set": settings.card.title,
         "card": settings.card.digest(),
+        "images": settings.card.images_digest(),
         "class_names": ",".join(settings.card.class_names()),
         "generator": _with_content(synthesis.generator, tiny.DIFFUSION),
         "captioner": _with_content(captioner, tiny.CAPTIONER),

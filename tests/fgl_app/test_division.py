@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fgl_app.audit.material import all_real_images, open_material
-from fgl_app.cards import load_card
+from fgl_app.cards import SHIPPED, load_card
 from fgl_app.checks import check_settings
 from fgl_app.comparison import report_comparison
 from fgl_app.config import parse_run_config
@@ -185,3 +185,24 @@ def test_weights_that_may_have_seen_this_seeds_test_images_are_refused(make_run,
     check(2, 1)  # a one-shot model has seen synthetic images only
     with pytest.raises(ConfigError, match="trained with seed 1"):
         check(2, 2)
+
+
+def test_weights_are_refused_under_a_card_that_only_writes_other_prompts_of_the_same_images(
+    make_run, run_config, tmp_path
+):
+    folder = make_run(seed=1, method="fedavg")
+    for number in (1, 2):
+        save_file(build_model("cnn", 10, 8, 1).state_dict(), checkpoint_file(folder, number))
+    text = (SHIPPED / "digits.yaml").read_text("utf-8")
+
+    def check(content):
+        card = tmp_path / f"own{len(content)}.yaml"
+        card.write_text(content, "utf-8")
+        weights = {"seed": 2, "method": "fedavg", "initial-weights": str(checkpoint_file(folder, 2))}
+        return check_settings(parse_run_config(run_config | weights | {"run-name": "next", "dataset": str(card)}))
+
+    assert "handwritten" in text
+    with pytest.raises(ConfigError, match="trained with seed 1"):
+        check(text.replace("handwritten", "written") + "fit: pad\n")
+    split_seed = load_card("digits").split_seed
+    check(text.replace(f"seed: {split_seed}", f"seed: {split_seed + 1}"))  # others are public
