@@ -131,13 +131,19 @@ def attacked_images(material: Material, with_rest: bool = False) -> RealImages:
     rows = _member_rows(settings)
     labels = train_labels(settings.card, settings.data)
     test = load_split(settings.card, settings.data, "test", settings.run.seed)
-    members, others = balanced([labels[row] for row in rows], test.labels.tolist(), MAX_IMAGES, generator)
-    chosen = [rows[index] for index in members]
+    while True:
+        members, others = balanced([labels[row] for row in rows], test.labels.tolist(), MAX_IMAGES, generator)
+        chosen = [rows[index] for index in members]
+        loaded = load_rows(settings.card, settings.data, chosen)
+        if not loaded.unreadable:
+            break
+        lost = set(chosen) - set(loaded.rows)
+        rows = [row for row in rows if row not in lost]  # others of their classes take their places
     rest = sorted(set(rows) - set(chosen)) if with_rest else []
     return RealImages(
-        load_rows(settings.card, settings.data, chosen),
+        loaded.images,
         test.take(others),
-        load_rows(settings.card, settings.data, rest) if rest else None,
+        load_rows(settings.card, settings.data, rest).images if rest else None,
     )
 
 
@@ -152,7 +158,7 @@ def all_real_images(material: Material, size_px: int) -> RealImages:
         return _own_folders(material, size_px)
     data = dataclasses.replace(settings.data, image_size=size_px)
     test = load_split(settings.card, data, "test", settings.run.seed)
-    return RealImages(load_rows(settings.card, data, _member_rows(settings)), test)
+    return RealImages(load_rows(settings.card, data, _member_rows(settings)).images, test)
 
 
 def _member_rows(settings: Settings) -> list[int]:

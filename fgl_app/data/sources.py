@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,9 @@ def _partition(
 ) -> tuple[ImageSet, Findings]:
     rows = client_rows(card, settings, num_partitions, seed)[partition_id]
     decoded = _decode(card, settings, "train", rows)
-    return decoded.images, findings_of(decoded, train_part(card, settings), rows, card.class_names())
+    # What was passed over belongs to the source, and to no client of it; the server says it.
+    part = dataclasses.replace(train_part(card, settings), ignored={}, empty_classes={})
+    return decoded.images, findings_of(decoded, part, rows, card.class_names())
 
 
 @functools.lru_cache(maxsize=4)  # one process answers many messages with the same division
@@ -192,12 +195,12 @@ def _load(card: Card, settings: DataSettings, name: str, seed: int) -> tuple[Ima
     return decoded.images, decoded.unreadable
 
 
-def load_rows(card: Card, settings: DataSettings, rows: Sequence[int]) -> ImageSet:
+def load_rows(card: Card, settings: DataSettings, rows: Sequence[int]) -> Decoded:
     """Load rows of the source's training part, as :func:`client_rows` numbers them, at the run's image size.
 
     Those that cannot be decoded are left out, as the clients leave them out.
     """
-    return _decode(card, settings, "train", rows).images
+    return _decode(card, settings, "train", rows)
 
 
 def train_labels(card: Card, settings: DataSettings) -> Sequence[int]:

@@ -1,3 +1,4 @@
+import logging
 import os
 import socket
 import sys
@@ -11,14 +12,16 @@ from flwr.app import Context, RecordDict
 from odd_folder import IGNORED, IMAGES, UNREADABLE, write_odd_folder
 from PIL import Image
 
+from fgl_app.audit.material import Material, attacked_images
 from fgl_app.cards import load_card
+from fgl_app.checks import check_settings
 from fgl_app.client_app import _say_what_was_found
 from fgl_app.config import parse_run_config
 from fgl_app.data.adequacy import check_classes
 from fgl_app.data.findings import by_reason, listed
 from fgl_app.data.folder import open_folder
 from fgl_app.data.readers import open_part
-from fgl_app.data.sources import load_client_data, load_held_out, load_split, train_part, train_rows
+from fgl_app.data.sources import client_rows, load_client_data, load_held_out, load_split, train_part, train_rows
 from fgl_app.errors import DataError
 from fgl_app.image_folders import class_folders, find_images, loose_files
 
@@ -48,10 +51,43 @@ def test_simulation_and_a_site_see_the_same_images_in_a_folder_with_all_oddities
     names = shared.card.class_names()
     assert sorted(names) == sorted(IMAGES)
     assert counts([each.train.labels for each in clients] + [each.labels for each in held_out], names) == IMAGES
+    assert all(each.findings.ignored == {} == each.findings.lost_classes for each in clients)
     part = train_part(shared.card, shared.data)
     assert part.ignored == IGNORED
     assert len(part.labels) == sum(IMAGES.values()) + sum(UNREADABLE.values())
     check_classes(shared.card, shared.data, 0)
+
+
+def test_what_is_passed_over_in_a_divided_folder_is_said_once_by_the_server(odd, run_config, caplog):
+    chosen = {"dataset": str(odd), "method": "fedavg", "partition": "iid", "min-samples-per-client": 0}
+
+    with caplog.at_level(logging.WARNING, "flwr"):
+        check_settings(parse_run_config(run_config | chosen))
+
+    (line,) = [line for line in caplog.messages if "are no images" in line]
+    assert f" {sum(IGNORED.values())} files of the training part are no images: " in line
+    assert all(reason in line for reason in IGNORED)
+
+
+def test_members_and_others_of_an_audit_are_as_many_where_images_cannot_be_read(tmp_path, run_config):
+    write_tree(tmp_path / "pets", ["cat", "dog"], 40, "png")
+    chosen = {"dataset": str(tmp_path / "pets"), "method": "fedavg", "partition": "iid", "min-samples-per-client": 0}
+    settings = parse_run_config(run_config | chosen)
+    part = train_part(settings.card, settings.data)
+    cats = [
+        row
+        for rows in client_rows(settings.card, settings.data, settings.run.num_clients, settings.run.seed)
+        for row in rows
+        if part.labels[row] == 0
+    ]
+    for row in cats[3:]:
+        (tmp_path / "pets" / part.name(row)).write_bytes(b"damaged")
+
+    images = attacked_images(Material(None, settings, ()), with_rest=True)
+
+    # A fifth of the 40 dogs is held out for the test, and of the cats 3 can be read of those that are trained on.
+    assert Counter(images.members.labels.tolist()) == Counter(images.others.labels.tolist()) == {0: 3, 1: 8}
+    assert set(images.rest.labels.tolist()) == {1}
 
 
 def test_a_damaged_image_ends_no_simulation_and_is_counted_by_its_client(tmp_path, run_config):
