@@ -56,11 +56,11 @@ def test_dp_sgd_takes_no_crop_from_the_runs_seed_which_the_server_knows(run_conf
 
 
 def ask_site(run_config, message_type, folder, prompt_counts):
-    """Ask a site with ten readable and two unreadable images."""
+    """Ask a site with 20 readable and two unreadable images."""
     for name in ("cat", "dog"):
         (folder / name).mkdir()
-        for number in range(6):
-            Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(folder / name / f"{number}.png")
+        for number in range(11):
+            Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(folder / name / f"{number}.png")
         (folder / name / "0.png").write_bytes(b"no image")
     hidden = {"dataset": "folder", "class-names": "cat,dog", "prompt-counts": prompt_counts, "weighting": "uniform"}
     sent = initial_arrays(parse_run_config(run_config | hidden), ("cat", "dog"))
