@@ -119,7 +119,7 @@ def split_own(part: Part, decoded: Decoded, numbers: Sequence[int]) -> tuple[Ima
     images, place = ImageSet(decoded.images.images, run_labels), {row: at for at, row in enumerate(decoded.rows)}
     train, validation, test = (
         images.take([place[row] for row in rows if row in place])
-        for rows in split_rows([numbers[label] for label in part.labels])
+        for rows in split_rows(part.labels)
     )
     if not len(train):
         raise DataError(
@@ -133,7 +133,8 @@ def split_rows(labels: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """Divide a list of images by class: 70 % train, 10 % validation, 20 % test; every class has a training image.
 
     Args:
-        labels: Class of each image that is listed, readable or not, as the run counts.
+        labels: Class of each image that is listed, readable or not. Which number a class has does not matter: a site
+            counts its own classes until it knows the run's.
 
     Returns:
         Sorted rows of the training, the validation and the test images.
@@ -143,7 +144,7 @@ def split_rows(labels: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     test: list[int] = []
     for label in sorted(set(labels)):
         rows = [row for row, each in enumerate(labels) if each == label]
-        order = [rows[index] for index in numpy_generator(SPLIT_SEED, "folder-split", label).permutation(len(rows))]
+        order = [rows[index] for index in numpy_generator(SPLIT_SEED, "folder-split").permutation(len(rows))]
         num_test, num_validation = round(0.2 * len(rows)), round(0.1 * len(rows))
         test += order[:num_test]
         validation += order[num_test : num_test + num_validation]

