@@ -118,8 +118,7 @@ def split_own(part: Part, decoded: Decoded, numbers: Sequence[int]) -> tuple[Ima
     run_labels = torch.tensor(numbers, dtype=torch.int64)[decoded.images.labels]
     images, place = ImageSet(decoded.images.images, run_labels), {row: at for at, row in enumerate(decoded.rows)}
     train, validation, test = (
-        images.take([place[row] for row in rows if row in place])
-        for rows in split_rows(part.labels)
+        images.take([place[row] for row in rows if row in place]) for rows in split_rows(part.labels)
     )
     if not len(train):
         raise DataError(
