@@ -260,7 +260,7 @@ def test_a_client_reads_its_own_captions(tmp_path):
     assert content["num_prompts"] == 2
     assert "1 holds a phone number" in done.output
     assert "Kowalski" not in done.output
-    with pytest.raises(RunFolderError, match="There must be a file or folder .*gone"):
+    with pytest.raises(RunFolderError, match=r"There must be a file or folder .*gone"):
         raise CliRunner().invoke(cli, ["audit-captions", str(tmp_path / "gone"), str(tmp_path)]).exception
     with pytest.raises(RunFolderError, match="must be a text file of captions"):
         raise CliRunner().invoke(cli, ["audit-captions", str(tmp_path), str(tmp_path / "found")]).exception
