@@ -72,7 +72,7 @@ def check_settings(settings: Settings) -> Settings:
     if settings.training.initial_weights != "random":
         initial_arrays(settings, names)
         _check_origin(settings)
-    read_blocked_words(settings.policy.blocked_words)
+    read_blocked_words(settings.policy.blocked_words, settings.policy.max_prompt_chars)
     if settings.synthesizes:
         check_class_prompts(settings)
     open_trackers(settings, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from fgl_app.errors import ConfigError
-from fgl_app.prompts.writing import comparable, is_printable, printable
+from fgl_app.prompts.writing import MAX_PROMPT_CHARS, comparable, is_printable, printable
 from fgl_app.settings import PolicySettings
 from fgl_app.user_files import read_user_text
 
@@ -130,13 +130,17 @@ def limits_of(policy: PolicySettings, *, of_server: bool = True) -> PromptLimits
     return PromptLimits(
         policy.max_prompts_per_client,
         policy.max_prompt_chars,
-        () if elsewhere else read_blocked_words(policy.blocked_words),
+        () if elsewhere else read_blocked_words(policy.blocked_words, policy.max_prompt_chars),
         policy.max_classes,
     )
 
 
-def read_blocked_words(value: str) -> tuple[str, ...]:
+def read_blocked_words(value: str, max_chars: int = MAX_PROMPT_CHARS) -> tuple[str, ...]:
     """Return the words of ``blocked-words``: separated by commas, or the lines of a file by its absolute path.
+
+    Args:
+        value: Of the key.
+        max_chars: Longest prompt that is accepted, characters.
 
     Raises:
         ConfigError: If the file cannot be read, or a word could never be found in a prompt.
@@ -144,7 +148,7 @@ def read_blocked_words(value: str) -> tuple[str, ...]:
     if not value.startswith(("/", "~")):
         if value.endswith(".txt"):
             raise ConfigError(f"`blocked-words` must name a file by its absolute path, but is {value!r}.")
-        return tuple(_findable(word, "`blocked-words`") for word in value.split(",") if word.strip())
+        return tuple(_findable(word, "`blocked-words`", max_chars) for word in value.split(",") if word.strip())
     path = Path(value).expanduser()
     try:
         lines = read_user_text(path).splitlines()
@@ -154,16 +158,17 @@ def read_blocked_words(value: str) -> tuple[str, ...]:
             f'line, but {value!r} cannot be read ({type(error).__name__}). Use for example "".'
         ) from None
     return tuple(
-        _findable(line, f"{value!r}, line {number} of `blocked-words`,")
+        _findable(line, f"{value!r}, line {number} of `blocked-words`,", max_chars)
         for number, line in enumerate(lines, 1)
         if line.strip()
     )
 
 
-def _findable(word: str, where: str) -> str:
+def _findable(word: str, where: str, max_chars: int) -> str:
     """Return a word in the form that is searched for, if a prompt that is nothing but this word would be found."""
     form = comparable(word)
-    if not form or not cast(re.Pattern[str], _pattern([form])).search(comparable(printable(word))):
+    too_long = len(form) > max(max_chars, MAX_NAME_CHARS)  # names of classes are searched, too
+    if not form or too_long or not cast(re.Pattern[str], _pattern([form])).search(comparable(printable(word))):
         raise ConfigError(
             f"{where} must hold words that a prompt can hold, but {word!r} can never be found. Correct or remove it."
         )

@@ -95,6 +95,9 @@ def _privacy(mechanisms: dict[str, Any] | None, defences: dict[str, Any] | None)
     return {**(mechanisms or {"mechanisms": [], "total": []}), "defences": defences}
 
 
+_OF_THE_DRAWING = ("generated", "reused", "seconds", "reused_seconds", "images_per_second")
+
+
 def with_earlier_starts(found: dict[str, Any], earlier: Mapping[str, Any], *, worked: bool) -> dict[str, Any]:
     """Add what ``results.json`` told of the time of earlier starts, which a new start would overwrite.
 
@@ -115,5 +118,5 @@ def with_earlier_starts(found: dict[str, Any], earlier: Mapping[str, Any], *, wo
         found["seconds"] = {phase: round(now.get(phase, 0) + before.get(phase, 0), 3) for phase in {**before, **now}}
     same_images = drawn and drawn_before and drawn["content_hash"] == drawn_before["content_hash"]
     if same_images and not drawn["generated"]:  # how long they took is known from the start that drew them
-        found["synthesis"] = drawn_before
+        found["synthesis"] = drawn | {key: drawn_before[key] for key in _OF_THE_DRAWING}
     return found

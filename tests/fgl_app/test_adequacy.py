@@ -66,14 +66,12 @@ def test_what_cannot_be_measured_or_learned_is_told_before_the_run(pets, caplog)
     assert untested in ([], ["pets: no test image of fox: the accuracy says nothing about such images"])
 
 
-def test_a_test_part_without_a_readable_image_is_refused(pets, tmp_path):
+def test_images_of_which_none_can_be_decoded_are_refused(pets, tmp_path):
     settings = pets({"cat": 20, "dog": 20})
     for path in (tmp_path / "pets").rglob("*.png"):
         path.write_bytes(b"no image")
 
-    with pytest.raises(
-        DataError, match=r"None of these \d images can be decoded \(\d not an image of a known format\)"
-    ):
+    with pytest.raises(DataError, match=r"none of the 14 of 'cat' can be decoded: 14 not an image of a known format"):
         check_settings(settings)
 
 

@@ -119,4 +119,6 @@ def test_the_commands_say_what_they_found(tmp_path):
     assert f"{A}.safetensors" in bad.output
     assert "6 files removed" in run(cli, ["store", "verify", "--repair", str(tmp_path)]).output
     assert run(cli, ["store", "verify", str(tmp_path)]).exit_code == 0
+    assert "There must be a file or folder" in str(run(cli, ["store", "stats", str(tmp_path / "none")]).exception)
+    (tmp_path / "none").mkdir()
     assert "must be the folder of a store" in str(run(cli, ["store", "stats", str(tmp_path / "none")]).exception)

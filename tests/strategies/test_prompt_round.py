@@ -1,5 +1,6 @@
 import functools
 import logging
+import re
 import time
 
 import pytest
@@ -345,7 +346,7 @@ def test_the_server_says_that_it_waits_and_until_when(make_grid, monkeypatch, ca
         exchange.wait()
 
     said = [line for line in caplog.messages if line.startswith("prompt round: replies")]
-    assert said[0].startswith(f"prompt round: {sentence}{time.strftime('%Y-%m-%d')}")
+    assert re.match(re.escape(f"prompt round: {sentence}") + r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", said[0])
     assert said[0].endswith("sites may be waiting for their owner's approval") != by_owners
 
 
