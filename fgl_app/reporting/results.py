@@ -110,7 +110,8 @@ def with_earlier_starts(found: dict[str, Any], earlier: Mapping[str, Any], *, wo
         worked: Whether this start did any round. One that found all rounds finished changes no number.
     """
     before: Mapping[str, float] = earlier.get("seconds") or {}
-    drawn, drawn_before = found["synthesis"], earlier.get("synthesis")
+    drawn: dict[str, Any] | None = found["synthesis"]
+    drawn_before: Mapping[str, Any] = earlier.get("synthesis") or {}
     if before and not worked:
         found["seconds"] = dict(before)
     else:
