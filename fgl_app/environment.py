@@ -178,7 +178,7 @@ def _temp_folders() -> Iterator[Path]:
     with contextlib.suppress(OSError):  # where nothing can be written, such as on a full disk
         yield Path(tempfile.gettempdir()).absolute()
     if os.name == "posix":
-        yield from map(Path, ("/tmp", "/var/tmp"))
+        yield from map(Path, ("/tmp", "/var/tmp"))  # nosec B108 -- folders with random names are made there
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def with_earlier_starts(found: dict[str, Any], earlier: Mapping[str, Any], *, wo
     else:
         now = found["seconds"]
         found["seconds"] = {phase: round(now.get(phase, 0) + before.get(phase, 0), 3) for phase in {**before, **now}}
-    same_images = drawn and drawn_before and drawn["content_hash"] == drawn_before["content_hash"]
-    if same_images and not drawn["generated"]:  # how long they took is known from the start that drew them
+    if drawn and not drawn["generated"] and drawn["content_hash"] == drawn_before.get("content_hash"):
+        # How long they took is known from the start that drew them.
         found["synthesis"] = drawn | {key: drawn_before[key] for key in _OF_THE_DRAWING}
     return found
