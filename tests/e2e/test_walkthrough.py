@@ -119,6 +119,9 @@ def test_the_walk_through(tmp_path):
             walk.wait_until_it_says(health.format("$FGL_SERVER:8443", "health"), "403")
             walk.next_block("cat")
             registered = walk.next_block("flwr supernode register")
+            looked_at = walk.next_block("fgl check-data")
+            assert looked_at.count("images can be used") >= 3
+            assert all((tmp_path / site / "home/fgl-check/contact_sheet.png").exists() for site in SITES)
             walk.next_block("flower-supernode")
             walk.wait_until_it_says(walk.rest[0].text, r"\bonline\b", 3)
             walk.next_block("flwr supernode list")
