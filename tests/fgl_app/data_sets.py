@@ -1,8 +1,11 @@
 """Tiny copies of data sets in the layouts of their sources, and a card of one."""
 
+import gzip
 import io
+import struct
 
 import datasets
+import numpy as np
 import yaml
 from PIL import Image
 
@@ -79,3 +82,14 @@ def write_hub_card(folder, classes, **changes):
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
     return path
+
+
+def write_fashion_mnist(folder):
+    """Write four hundred training and twenty test images of noise as Debian packages Fashion-MNIST."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 400), ("t10k", 20)):
+        images = generator.integers(0, 255, (count, 28, 28), np.uint8)
+        for name, values in (("images-idx3", images), ("labels-idx1", (np.arange(count) % 10).astype(np.uint8))):
+            header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+            with gzip.open(folder / f"{part}-{name}-ubyte.gz", "wb") as file:
+                file.write(header + values.tobytes())

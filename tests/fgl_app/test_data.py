@@ -1,5 +1,4 @@
 import dataclasses
-import gzip
 import hashlib
 import struct
 
@@ -7,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from data_sets import load_folder
+from data_sets import load_folder, write_fashion_mnist
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
@@ -185,18 +184,9 @@ def test_a_picture_is_padded_scaled_and_cropped_to_a_square():
     assert to_pixels(Image.new("RGB", (40, 20)), [], 16).shape == (3, 16, 16)
 
 
-def write_idx(path, values):
-    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-    with gzip.open(path, "wb") as file:
-        file.write(header + values.tobytes())
-
-
 def test_fashion_mnist_is_read_from_the_files_that_debian_packages(tmp_path, run_config, monkeypatch):
     monkeypatch.setenv("FGL_CACHE", str(tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 400), ("t10k", 20)):
-        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 255, (count, 28, 28), np.uint8))
-        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", (np.arange(count) % 10).astype(np.uint8))
+    write_fashion_mnist(tmp_path)
     settings = parse_run_config(run_config | {"dataset": "fashion-mnist", "data-dir": str(tmp_path), "image-size": 0})
 
     parts = {

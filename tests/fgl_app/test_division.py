@@ -1,13 +1,12 @@
 """The seed divides the private images; the public share, the source's own parts and a site's folder stay."""
 
-import gzip
 import hashlib
 import json
-import struct
 
 import numpy as np
 import pytest
 import torch
+from data_sets import write_fashion_mnist
 from safetensors.torch import save_file
 
 from fgl_app.audit.material import all_real_images, open_material
@@ -73,18 +72,9 @@ def test_a_seed_chooses_its_own_images_where_they_are_limited(run_config):
         assert not identities(each) & identities(load_held_out(settings.card, settings.data, seed).test)
 
 
-def write_idx(path, values):
-    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-    with gzip.open(path, "wb") as file:
-        file.write(header + values.tobytes())
-
-
 def test_a_test_part_of_the_source_is_the_same_for_every_seed(tmp_path, run_config, monkeypatch):
     monkeypatch.setenv("FGL_CACHE", str(tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 400), ("t10k", 20)):
-        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 255, (count, 28, 28), np.uint8))
-        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", (np.arange(count) % 10).astype(np.uint8))
+    write_fashion_mnist(tmp_path)
     settings = parse_run_config(run_config | {"dataset": "fashion-mnist", "data-dir": str(tmp_path), "image-size": 0})
 
     def sets(name):
